@@ -1,0 +1,67 @@
+// Which instruction set the CPU kernels run on: decided once, at the first call.
+#include <torch/csrc/stable/library.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdlib>
+#include <string>
+
+#include "kernels.h"
+
+namespace fastnets {
+namespace {
+
+enum Capability : int { kGeneric, kAvx2, kAvx512 };
+
+int detect() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return avx512 ? kAvx512 : avx2 ? kAvx2 : kGeneric;
+#else
+  return kGeneric;
+#endif
+}
+
+int choose() {
+  const int best = detect();
+  const char* asked = std::getenv("FASTNETS_CPU");
+  if (asked == nullptr || *asked == '\0') return best;
+  const std::string name(asked);
+  const int wanted = name == "generic" ? kGeneric : name == "avx2" ? kAvx2 : name == "avx512" ? kAvx512 : -1;
+  STD_TORCH_CHECK(wanted >= 0, "FASTNETS_CPU must be generic, avx2 or avx512, is ", name);
+  STD_TORCH_CHECK(wanted <= best, "FASTNETS_CPU asks for ", name, ", which this processor does not have");
+  return wanted;
+}
+
+int capability() {
+  static const int chosen = choose();
+  return chosen;
+}
+
+int64_t cpu_capability() { return capability(); }
+
+}  // namespace
+
+const Kernels& kernels() {
+#define FASTNETS_GENERIC(name, Params) generic::name,
+  static const Kernels generic_kernels{FASTNETS_CPU_KERNELS(FASTNETS_GENERIC)};
+#if defined(__x86_64__)
+#define FASTNETS_AVX2(name, Params) avx2::name,
+#define FASTNETS_AVX512(name, Params) avx512::name,
+  static const Kernels avx2_kernels{FASTNETS_CPU_KERNELS(FASTNETS_AVX2)};
+  static const Kernels avx512_kernels{FASTNETS_CPU_KERNELS(FASTNETS_AVX512)};
+  switch (capability()) {
+    case kAvx512: return avx512_kernels;
+    case kAvx2: return avx2_kernels;
+  }
+#endif
+  return generic_kernels;
+}
+
+}  // namespace fastnets
+
+STABLE_TORCH_LIBRARY_IMPL(fastnets, CompositeExplicitAutograd, m) {
+  m.impl("cpu_capability", TORCH_BOX(&fastnets::cpu_capability));
+}

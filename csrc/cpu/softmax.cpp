@@ -1,0 +1,144 @@
+// softmax(x * scale + mask) over the middle of [outer, size, inner], forward and backward. A row that the mask leaves
+// empty (all False, or all -inf) gives zeros and zero gradient.
+
+#include "simd.h"
+
+namespace fastnets::FASTNETS_ISA {
+namespace {
+
+constexpr int64_t kGrain = 1 << 14;  // elements a thread should get at least: below, waking it costs more
+
+template <class T>
+constexpr T kMinusInfinity = sizeof(T) == 8 ? T(-__builtin_inf()) : T(-__builtin_inff());
+
+// Where, in elements of the mask, entry `index` of the collapsed dimensions begins.
+int64_t mask_offset(int64_t index, int dims, const int64_t* sizes, const int64_t* strides) {
+  int64_t offset = 0;
+  for (int d = dims - 1; d >= 0; --d) {
+    offset += index % sizes[d] * strides[d];
+    index /= sizes[d];
+  }
+  return offset;
+}
+
+// scores[i] = x[i * x_stride] * scale + mask[i * mask_stride], i < size.
+template <class S>
+void gather_scores(const SoftmaxForward& p, const S* x, int64_t x_stride, int64_t mask_base, Compute<S>* scores) {
+  using T = Compute<S>;
+  const T scale = static_cast<T>(p.scale);
+  const int64_t n = p.size;
+  if (x_stride == 1) {
+    int64_t i = 0;
+    for (; i + kLanes<T> <= n; i += kLanes<T>) store(scores + i, load(x + i) * scale);
+    if (i < n) store_partial<T>(scores + i, load_partial(x + i, n - i) * scale, n - i);
+  } else {
+    for (int64_t i = 0; i < n; ++i) scores[i] = to_float(x[i * x_stride]) * scale;
+  }
+  if (p.mask_kind == MaskKind::kBool) {
+    const uint8_t* mask = static_cast<const uint8_t*>(p.mask) + mask_base;
+    for (int64_t i = 0; i < n; ++i) scores[i] = mask[i * p.mask_stride] ? scores[i] : kMinusInfinity<T>;
+  } else if (p.mask_kind == MaskKind::kAdditive) {
+    const S* mask = static_cast<const S*>(p.mask) + mask_base;
+    for (int64_t i = 0; i < n; ++i) scores[i] += to_float(mask[i * p.mask_stride]);
+  }
+}
+
+// In place: scores become exp(score - max) / sum.
+template <class T>
+void normalise(T* scores, int64_t n) {
+  Vec<T> largest = broadcast<T>(kMinusInfinity<T>);
+  int64_t i = 0;
+  for (; i + kLanes<T> <= n; i += kLanes<T>) largest = maximum<T>(load(scores + i), largest);
+  if (i < n) largest = maximum<T>(keep_first<T>(load_partial(scores + i, n - i), n - i, kMinusInfinity<T>), largest);
+  const T max = reduce_max<T>(largest);
+  const T shift = max == kMinusInfinity<T> ? T(0) : max;  // an empty row: exp(-inf) = 0 everywhere
+  Vec<T> total{};
+  for (i = 0; i + kLanes<T> <= n; i += kLanes<T>) {
+    const Vec<T> e = exp<T>(load(scores + i) - shift);
+    store(scores + i, e);
+    total += e;
+  }
+  if (i < n) {
+    const Vec<T> e = keep_first<T>(exp<T>(load_partial(scores + i, n - i) - shift), n - i, T(0));
+    store_partial<T>(scores + i, e, n - i);
+    total += e;
+  }
+  const T sum = reduce_add<T>(total), inverse = sum == T(0) ? T(0) : T(1) / sum;
+  for (i = 0; i + kLanes<T> <= n; i += kLanes<T>) store(scores + i, load(scores + i) * inverse);
+  if (i < n) store_partial<T>(scores + i, load_partial(scores + i, n - i) * inverse, n - i);
+}
+
+template <class S>
+void scatter(const Compute<S>* from, S* to, int64_t stride, int64_t n) {
+  using T = Compute<S>;
+  if (stride != 1) {
+    for (int64_t i = 0; i < n; ++i) to[i * stride] = from_float<S>(from[i]);
+    return;
+  }
+  int64_t i = 0;
+  for (; i + kLanes<T> <= n; i += kLanes<T>) store(to + i, load(from + i));
+  if (i < n) store_partial<S>(to + i, load_partial(from + i, n - i), n - i);
+}
+
+}  // namespace
+
+void softmax_forward(const SoftmaxForward& p) {
+  with_storage(p.dtype, [&](auto kind) {
+    using S = decltype(kind);
+    using T = Compute<S>;
+    const int64_t grain = kGrain / (p.size + 1) + 1;
+    parallel(p.outer * p.inner, grain, [&](int64_t begin, int64_t end) {
+      T* scores = static_cast<T*>(scratch(0, p.size * sizeof(T)));
+      for (int64_t row = begin; row < end; ++row) {
+        const int64_t outer = row / p.inner, inner = row % p.inner, base = outer * p.size * p.inner + inner;
+        const int64_t mask_base = p.mask_kind == MaskKind::kNone
+                                      ? 0
+                                      : mask_offset(outer, p.outer_dims, p.outer_sizes, p.outer_strides) +
+                                            mask_offset(inner, p.inner_dims, p.inner_sizes, p.inner_strides);
+        gather_scores<S>(p, static_cast<const S*>(p.x) + base, p.inner, mask_base, scores);
+        normalise<T>(scores, p.size);
+        scatter<S>(scores, static_cast<S*>(p.y) + base, p.inner, p.size);
+      }
+    });
+  });
+}
+
+// grad_x = scale * y * (grad - sum(grad * y))
+void softmax_backward(const SoftmaxBackward& p) {
+  with_storage(p.dtype, [&](auto kind) {
+    using S = decltype(kind);
+    using T = Compute<S>;
+    const int64_t grain = kGrain / (p.size + 1) + 1;
+    parallel(p.outer * p.inner, grain, [&](int64_t begin, int64_t end) {
+      const int64_t n = p.size;
+      const T scale = static_cast<T>(p.scale);
+      for (int64_t row = begin; row < end; ++row) {
+        const int64_t base = row / p.inner * n * p.inner + row % p.inner;
+        const S* grad = static_cast<const S*>(p.grad) + base;
+        const S* y = static_cast<const S*>(p.y) + base;
+        S* grad_x = static_cast<S*>(p.grad_x) + base;
+        if (p.inner != 1) {
+          T dot = 0;
+          for (int64_t i = 0; i < n; ++i) dot += to_float(grad[i * p.inner]) * to_float(y[i * p.inner]);
+          for (int64_t i = 0; i < n; ++i) {
+            const int64_t at = i * p.inner;
+            grad_x[at] = from_float<S>(scale * to_float(y[at]) * (to_float(grad[at]) - dot));
+          }
+          continue;
+        }
+        Vec<T> dots{};
+        int64_t i = 0;
+        for (; i + kLanes<T> <= n; i += kLanes<T>) dots = fma<T>(load(grad + i), load(y + i), dots);
+        if (i < n) dots = fma<T>(load_partial(grad + i, n - i), load_partial(y + i, n - i), dots);
+        const T dot = reduce_add<T>(dots);
+        for (i = 0; i + kLanes<T> <= n; i += kLanes<T>) store(grad_x + i, load(y + i) * scale * (load(grad + i) - dot));
+        if (i < n) {
+          const Vec<T> g = load_partial(y + i, n - i) * scale * (load_partial(grad + i, n - i) - dot);
+          store_partial<S>(grad_x + i, g, n - i);
+        }
+      }
+    });
+  });
+}
+
+}  // namespace fastnets::FASTNETS_ISA

@@ -1,0 +1,13 @@
+"""fastnets: convolution, recurrent and attention layers for PyTorch on kernels of their own."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from . import functional, nn
+from .dispatch import backend
+
+try:
+    __version__ = version("fastnets")
+except PackageNotFoundError:  # used from a checkout that was never installed
+    __version__ = "0+unknown"
+
+__all__ = ["__version__", "backend", "functional", "nn"]

@@ -1,0 +1,163 @@
+"""The only place where a backend is chosen.
+
+Two tables: which backends implement which operator family and what they object to (`IMPLEMENTATIONS`), and in which
+order they are asked (`ORDER`). One function: `select`.
+"""
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from . import _library
+
+__all__ = ["BACKENDS", "Case", "Implementation", "backend", "select", "why_missing"]
+
+BACKENDS = ("reference", "cpu", "cuda", "triton", "simt")
+FAMILIES = ("conv", "recurrent", "attention", "softmax")
+
+
+class Case(NamedTuple):
+    """One call, as far as the choice of a backend depends on it."""
+
+    family: str
+    """conv, recurrent, attention or softmax."""
+    device: str
+    """The inputs' device type."""
+    dtype: torch.dtype
+    options: frozenset[str] = frozenset()
+    """The names of the options in use that not every backend need have: "dropout", "softcap", ..."""
+    sizes: Mapping[str, int] = {}
+    """The sizes that a backend may object to, or an order may depend on."""
+
+
+class Implementation(NamedTuple):
+    """One operator family on one backend."""
+
+    backend: str
+    supports: Callable[[Case], str | None]
+    """None, or why the backend does not take the case."""
+    operators: Any = None
+    """Holds the family's operators as attributes named by the schemas in csrc/ops.cpp; None for the reference."""
+
+
+def _supports_everything(case: Case) -> None:
+    return None
+
+
+_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _cpu_supports(case: Case) -> str | None:
+    if _library.missing is not None:
+        return _library.missing
+    if case.device != "cpu":
+        return f"it takes CPU tensors, not {case.device} ones"
+    if case.dtype not in _FLOATING:
+        return f"it takes float32, float64, bfloat16 and float16, not {case.dtype}"
+    return None
+
+
+# (family, backend) -> Implementation. A new backend adds its rows here and its name to ORDER.
+IMPLEMENTATIONS: dict[tuple[str, str], Implementation] = {
+    **{(family, "reference"): Implementation("reference", _supports_everything) for family in FAMILIES},
+    **{(family, "cpu"): Implementation("cpu", _cpu_supports, torch.ops.fastnets) for family in FAMILIES},
+}
+
+# Device type -> backends in the order in which they are asked.
+ORDER: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpu", "reference"),
+    "cuda": ("cuda", "triton", "reference"),
+}
+_ORDER_ELSEWHERE = ("reference",)
+
+_NOT_BUILT = {
+    "cuda": "the CUDA kernels are not part of this release",
+    "triton": "the Triton kernels are not part of this release",
+    "simt": "the SIMT device is not part of this release",
+}
+
+
+def why_missing(name: str) -> str | None:
+    """Why backend `name` cannot run on this machine at all; None when it can."""
+    if name == "cpu":
+        return _library.missing
+    return _NOT_BUILT.get(name)
+
+
+class _Forced(threading.local):
+    name: str | None = None
+
+
+_forced = _Forced()
+
+
+def _check_name(name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+_default = os.environ.get("FASTNETS_BACKEND") or None
+if _default is not None:
+    _check_name(_default)
+
+
+@contextlib.contextmanager
+def backend(name: str | None) -> Iterator[None]:
+    """Within this context every fastnets operator of this thread runs on backend `name`, or raises.
+
+    Args:
+        name: one of reference, cpu, cuda, triton, simt; None returns to the automatic choice.
+
+    Raises:
+        ValueError: no such backend.
+        NotImplementedError: by an operator inside the context, with the reason, where the backend does not take it.
+    """
+    if name is not None:
+        _check_name(name)
+    former, _forced.name = _forced.name, name
+    try:
+        yield
+    finally:
+        _forced.name = former
+
+
+_recorders: list[Callable[[Case, Implementation, dict[str, str]], None]] = []
+
+
+def select(case: Case) -> Implementation:
+    """The implementation that runs `case`: the forced backend's, else the first in order without an objection."""
+    forced = _forced.name or _default
+    if forced is not None:
+        chosen, objections = _forced_choice(case, forced), {}
+    else:
+        chosen, objections = _first_willing(case)
+    for record in _recorders:
+        record(case, chosen, objections)
+    return chosen
+
+
+def _forced_choice(case: Case, name: str) -> Implementation:
+    implementation = IMPLEMENTATIONS.get((case.family, name))
+    reason = why_missing(name) if implementation is None else implementation.supports(case)
+    if implementation is None or reason is not None:
+        raise NotImplementedError(f"backend {name!r} does not run this {case.family}: {reason}")
+    return implementation
+
+
+def _first_willing(case: Case) -> tuple[Implementation, dict[str, str]]:
+    objections: dict[str, str] = {}
+    for name in ORDER.get(case.device, _ORDER_ELSEWHERE):
+        implementation = IMPLEMENTATIONS.get((case.family, name))
+        if implementation is None:
+            objections[name] = why_missing(name) or "it has no such operator"
+            continue
+        reason = implementation.supports(case)
+        if reason is None:
+            return implementation, objections
+        objections[name] = reason
+    raise AssertionError("the reference takes every case")

@@ -1,0 +1,24 @@
+"""torch.autocast for our operators: the casts that torch's own would get."""
+
+import torch
+from torch import Tensor
+
+
+def lower(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Casts float32 tensors to autocast's dtype where autocast is on, as for convolution and matrix products."""
+    device = next(t.device.type for t in tensors if t is not None)
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
+    )
+
+
+def full(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Casts lower precision to float32 where autocast is on, as for softmax."""
+    device = next(t.device.type for t in tensors if t is not None)
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    low = (torch.bfloat16, torch.float16)
+    return tuple(t.float() if t is not None and t.dtype in low else t for t in tensors)

@@ -1,0 +1,85 @@
+"""One autograd shell for every operator: a `Call` says how to run forwards, backwards and differentiably."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Tensors = tuple[Tensor | None, ...]
+
+
+class Call:
+    """One call of an operator on one backend: its options, and how to run it.
+
+    A family subclasses this; `run` is the only way in. `inputs` are the tensors that may need a gradient (None where
+    absent), in a fixed order; everything else is an attribute of the call.
+    """
+
+    visible: int = 1
+    """How many of forward's outputs belong to the caller and carry gradients; the rest are for backward alone."""
+
+    def forward(self, *inputs: Tensor | None) -> Tensors:
+        """Runs the operator: the visible outputs, then what backward needs besides."""
+        raise NotImplementedError
+
+    def backward(self, inputs: Tensors, outputs: Tensors, grads: Tensors, needs: Sequence[bool]) -> Tensors:
+        """A gradient for every input with `needs`; `grads` has one entry a visible output, None where unused."""
+        raise NotImplementedError
+
+    def reference(self, *inputs: Tensor | None) -> Tensors:
+        """The visible outputs by the differentiable definition in fastnets.reference."""
+        raise NotImplementedError
+
+    def differentiable_backward(self, inputs: Tensors, outputs: Tensors, grads: Tensors, needs: Sequence[bool]):
+        """As `backward`, itself differentiable: through the reference."""
+        # Aliases: the same tensor may be several inputs (query is key), each with a gradient of its own.
+        aliases = [t.view_as(t) if t is not None and need else t for t, need in zip(inputs, needs, strict=True)]
+        wanted = [t for t, need in zip(aliases, needs, strict=True) if need]
+        results = [
+            (out, grad)
+            for out, grad in zip(self.reference(*aliases)[: self.visible], grads, strict=True)
+            if grad is not None and out is not None and out.requires_grad
+        ]
+        if not results:
+            return tuple(torch.zeros_like(t) if need else None for t, need in zip(inputs, needs, strict=True))
+        found = iter(
+            torch.autograd.grad(
+                [out for out, _ in results], wanted, [g for _, g in results], create_graph=True, materialize_grads=True
+            )
+        )
+        return tuple(next(found) if need else None for need in needs)
+
+
+class _Operator(torch.autograd.Function):
+    @staticmethod
+    def forward(call: Call, *inputs: Tensor | None) -> Tensors:
+        return call.forward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs) -> None:
+        call, *tensors = inputs
+        ctx.call = call
+        ctx.inputs = len(tensors)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(t for t in outputs[call.visible :] if t is not None))
+        ctx.save_for_backward(*tensors, *outputs)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor | None):
+        saved = ctx.saved_tensors
+        inputs, outputs = saved[: ctx.inputs], saved[ctx.inputs :]
+        needs = ctx.needs_input_grad[1:]
+        grads = grads[: ctx.call.visible]
+        if all(g is None for g in grads):
+            return (None,) * (1 + len(inputs))
+        # Gradients of the gradients are wanted: only then is grad mode on here. (A graph being compiled has none.)
+        differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        run = ctx.call.differentiable_backward if differentiable else ctx.call.backward
+        return (None, *run(inputs, outputs, grads, needs))
+
+
+def run(call: Call, *inputs: Tensor | None) -> Tensors:
+    """Runs the call and returns its visible outputs, with autograd where an input asks for it."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        return _Operator.apply(call, *inputs)[: call.visible]
+    return call.forward(*inputs)[: call.visible]

@@ -1,0 +1,184 @@
+"""The operator table and the tolerance rule: what `verify`, `bench` and the tests read.
+
+A family's cases are in the module of its name. A case's inputs are drawn in float64; `check` casts them to a dtype,
+runs ours on a backend, PyTorch's own in the same dtype as the measure, and the reference in float64 as the truth.
+"""
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+
+__all__ = ["FAMILIES", "Case", "Outcome", "check", "operator_table", "poisoned_memory", "tolerances"]
+
+FAMILIES = ("conv", "recurrent", "attention", "softmax")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+Inputs = Mapping[str, Tensor | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One row of the operator table."""
+
+    op: str
+    """The family."""
+    name: str
+    """Unique within the family; says the shape and the options."""
+    inputs: Callable[[torch.Generator], dict[str, Tensor | None]]
+    """Draws the inputs: floating ones in float64, all differentiable unless named in `constant`."""
+    function: Callable[..., Any]
+    """Ours, called with the inputs as keywords; returns a tensor or a (nested) tuple of tensors."""
+    peer: Callable[..., Any] | None = None
+    """PyTorch's own for the same inputs, the measure and the rival; None where it has none (then our reference)."""
+    constant: frozenset[str] = frozenset()
+    """Floating inputs without gradient."""
+    dtypes: tuple[torch.dtype, ...] = DTYPES
+    quick: bool = True
+    """Part of `verify --quick` and of the default test run."""
+    benchmark: tuple[torch.dtype, ...] = ()
+    """The dtypes in which this is a row of the benchmark."""
+    verify: bool = True
+    """False for benchmark rows too large to check on every backend."""
+    flops: float = 0.0
+    """Of one forward pass, by the formulas of docs/benchmarks; 0 for an operator bound by memory."""
+    training_flops: float = 0.0
+    """Of forward and backward together; 0 means three times `flops`."""
+    elements: float = 0.0
+    """Elements that one forward pass must read and write, to be multiplied by the dtype's size."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What `check` found: the worst tensor's error beside its tolerance."""
+
+    error: float
+    tolerance: float
+    where: str
+    """The output or gradient that came closest to its tolerance, or passed it."""
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.tolerance  # false for NaN
+
+
+def operator_table(*families: str) -> list[Case]:
+    """Every case of the given families (all, if none is named)."""
+    cases = []
+    for family in families or FAMILIES:
+        cases += importlib.import_module(f".{family}", __name__).CASES
+    return cases
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fresh tensors hold NaN inside, so that an output that a kernel forgot shows."""
+    former = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(former[0], warn_only=former[1])
+
+
+def tolerances(measure: Tensor, truth: Tensor, dtype: torch.dtype) -> tuple[float, float]:
+    """The largest admissible (root mean square, maximum) error, from PyTorch's own error `measure` against `truth`."""
+    floor = torch.finfo(dtype).eps * _largest(truth)
+    return 2 * _rms(measure) + floor, 5 * _largest(measure) + floor
+
+
+def check(case: Case, dtype: torch.dtype, backend: str, *, device: str = "cpu", seed: int = 0) -> Outcome:
+    """Runs the case forwards and backwards on `backend` and holds every output and gradient against the rule.
+
+    Raises:
+        NotImplementedError: with the reason, where the backend does not take the case.
+    """
+    drawn = case.inputs(torch.Generator().manual_seed(seed))
+    # For float64 itself nothing truer is at hand: PyTorch's float32 error, scaled by the ratio of the two epsilons.
+    measured_in = torch.float32 if dtype == torch.float64 else dtype
+    peer = case.peer or case.function
+    with poisoned_memory():
+        with dispatch.backend(backend):
+            ours = _run(case, case.function, drawn, dtype, dtype, device, seed)
+        with dispatch.backend("reference"):
+            truth = _run(case, case.function, drawn, dtype, torch.float64, device, seed)
+            measured = _run(case, peer, drawn, measured_in, measured_in, device, seed)
+            exact = (
+                truth
+                if measured_in == dtype
+                else _run(case, case.function, drawn, measured_in, torch.float64, device, seed)
+            )
+    scale = torch.finfo(dtype).eps / torch.finfo(measured_in).eps
+    worst = Outcome(0.0, 0.0, "no output")
+    for name, true in truth.items():
+        got = ours[name]
+        if got.shape != true.shape:
+            return Outcome(float("inf"), 0.0, f"{name}: shape {tuple(got.shape)} instead of {tuple(true.shape)}")
+        error = _difference(got, true)
+        rms, largest = tolerances(_difference(measured[name], exact[name]) * scale, true, dtype)
+        for outcome in (Outcome(_rms(error), rms, f"{name}, rms"), Outcome(_largest(error), largest, f"{name}, max")):
+            if not outcome.passed:
+                return outcome
+            if outcome.error * worst.tolerance >= worst.error * outcome.tolerance:
+                worst = outcome
+    return worst
+
+
+def _difference(a: Tensor, b: Tensor) -> Tensor:
+    """a - b in float64; 0 where both are the same infinity."""
+    a, b = a.double(), b.double()
+    return torch.where(a == b, 0.0, a - b)
+
+
+def _rms(x: Tensor) -> float:
+    return x.double().square().mean().sqrt().item() if x.numel() else 0.0
+
+
+def _largest(x: Tensor) -> float:
+    finite = x.double().abs()
+    finite = finite.masked_fill(finite == torch.inf, 0.0) if x.numel() else finite
+    return finite.max().item() if x.numel() else 0.0
+
+
+def cast(inputs: Inputs, dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor | None]:
+    """The inputs on a device, floating ones in `dtype`."""
+    return {
+        name: t if t is None else t.to(device, dtype) if t.is_floating_point() else t.to(device)
+        for name, t in inputs.items()
+    }
+
+
+def _run(case: Case, function, drawn: Inputs, rounded: torch.dtype, dtype: torch.dtype, device: str, seed: int):
+    """Outputs and gradients by name, of inputs rounded to `rounded` and computed in `dtype`."""
+    inputs = cast(cast(drawn, rounded), dtype, device)
+    leaves = {
+        name: t.requires_grad_()
+        for name, t in inputs.items()
+        if t is not None and t.is_floating_point() and name not in case.constant
+    }
+    outputs = {f"output {i}": out for i, out in enumerate(_flatten(function(**inputs)))}
+    generator = torch.Generator().manual_seed(seed + 1)
+    total = [
+        (out, torch.randn(out.shape, generator=generator, dtype=torch.float64).to(rounded).to(device, out.dtype))
+        for out in outputs.values()
+        if out.requires_grad
+    ]
+    if total and leaves:
+        found = torch.autograd.grad(
+            [out for out, _ in total], list(leaves.values()), [g for _, g in total], allow_unused=True
+        )
+        for (name, leaf), grad in zip(leaves.items(), found, strict=True):
+            outputs[f"gradient of {name}"] = torch.zeros_like(leaf) if grad is None else grad
+    return {name: out.detach().cpu() for name, out in outputs.items()}
+
+
+def _flatten(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [tensor for item in value for tensor in _flatten(item) if item is not None]

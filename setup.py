@@ -19,7 +19,13 @@ ROOT = Path(__file__).parent
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-Wextra"]
 # Bodies compiled once an instruction set: no trapping maths, products and sums fused.
 # (g++ 12 warns of its own AVX-512 headers.)
-KERNEL_FLAGS = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-maybe-uninitialized"]
+KERNEL_FLAGS = [
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wno-uninitialized",
+    "-Wno-maybe-uninitialized",
+]
 INSTRUCTION_SETS = {"generic": []}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]

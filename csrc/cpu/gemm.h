@@ -1,0 +1,207 @@
+// Blocked matrix products on packed panels and register tiles; every family's arithmetic runs through `tile`.
+//
+//   A [m, k] is packed into panels of kTileRows rows:    panel[p][row], p < k, rows past m zero
+//   B [k, n] is packed into panels of kTileCols columns: panel[p][column], columns past n zero
+//   C [m, n] is row-major, in the type that arithmetic runs in
+//
+// Packing converts from the stored type, so the inner loop sees float and double only.
+#pragma once
+
+#include "simd.h"
+
+namespace fastnets::FASTNETS_ISA {
+
+// A register tile: kTileRows rows of two vectors. 24 of 32 registers accumulate with AVX-512, 12 of 16 with AVX2, 8 of
+// 16 with SSE: enough independent sums to hide the latency of the fused multiply-add, few enough to spill none.
+constexpr int kTileRows = kVectorBytes == 64 ? 12 : kVectorBytes == 32 ? 6 : 4;
+constexpr int kTileVectors = 2;
+template <class T>
+constexpr int kTileCols = kTileVectors * kLanes<T>;
+
+// Depth of a block: a panel of B (kTileCols * 256 floats = 32 KB with AVX-512) stays in the first-level cache.
+constexpr int64_t kBlockDepth = 256;
+// Rows and columns of a block: A's (240 x 256 floats = 240 KB) stays in the second-level cache.
+constexpr int64_t kBlockRows = kTileRows * 20;
+constexpr int64_t kBlockCols = 1024;
+
+// A matrix in memory: element (i, j) is data[i * row + j * col].
+template <class S>
+struct View {
+  const S* data;
+  int64_t row, col;
+
+  View at(int64_t i, int64_t j) const { return {data + i * row + j * col, row, col}; }
+};
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Elements that the packed form of an [m, k] left or [k, n] right operand takes.
+constexpr int64_t packed_rows_size(int64_t m, int64_t k) { return round_up(m, kTileRows) * k; }
+template <class T>
+constexpr int64_t packed_cols_size(int64_t k, int64_t n) {
+  return round_up(n, kTileCols<T>) * k;
+}
+
+// Packs the left operand a[m, k].
+template <class T, class S>
+void pack_rows(View<S> a, int64_t m, int64_t k, T* packed) {
+  for (int64_t i = 0; i < m; i += kTileRows, packed += kTileRows * k) {
+    const int rows = static_cast<int>(at_most(kTileRows, m - i));
+    for (int r = 0; r < rows; ++r) {
+      const S* from = a.data + (i + r) * a.row;
+      for (int64_t p = 0; p < k; ++p) packed[p * kTileRows + r] = to_float(from[p * a.col]);
+    }
+    for (int r = rows; r < kTileRows; ++r) {
+      for (int64_t p = 0; p < k; ++p) packed[p * kTileRows + r] = T(0);
+    }
+  }
+}
+
+// Packs the right operand b[k, n].
+template <class T, class S>
+void pack_cols(View<S> b, int64_t k, int64_t n, T* packed) {
+  constexpr int width = kTileCols<T>;
+  for (int64_t j = 0; j < n; j += width, packed += width * k) {
+    const int cols = static_cast<int>(at_most(width, n - j));
+    const S* from = b.data + j * b.col;
+    if (b.col == 1 && cols == width) {
+      for (int64_t p = 0; p < k; ++p) {
+        for (int v = 0; v < kTileVectors; ++v) {
+          store(packed + p * width + v * kLanes<T>, load(from + p * b.row + v * kLanes<T>));
+        }
+      }
+    } else if (b.col == 1) {
+      for (int64_t p = 0; p < k; ++p) {
+        for (int c = 0; c < width; ++c) packed[p * width + c] = c < cols ? T(to_float(from[p * b.row + c])) : T(0);
+      }
+    } else {
+      for (int c = 0; c < width; ++c) {
+        if (c < cols) {
+          for (int64_t p = 0; p < k; ++p) packed[p * width + c] = to_float(from[p * b.row + c * b.col]);
+        } else {
+          for (int64_t p = 0; p < k; ++p) packed[p * width + c] = T(0);
+        }
+      }
+    }
+  }
+}
+
+template <class T, int kRows>
+void tile_of(int64_t k, const T* __restrict a, const T* __restrict b, T* __restrict c, int64_t c_row, int cols,
+             bool accumulate) {
+  constexpr int lanes = kLanes<T>;
+  Vec<T> sums[kRows][kTileVectors] = {};
+  for (int64_t p = 0; p < k; ++p, a += kTileRows, b += kTileCols<T>) {
+    Vec<T> right[kTileVectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < kTileVectors; ++v) {
+      right[v] = load(b + v * lanes);
+      // Keeps the vector in a register: with few rows g++ would load it again for every row.
+      if constexpr (kRows <= 6) asm("" : "+v"(right[v]));
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const Vec<T> left = broadcast<T>(a[r]);
+#pragma GCC unroll 8
+      for (int v = 0; v < kTileVectors; ++v) sums[r][v] = fma<T>(left, right[v], sums[r][v]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r, c += c_row) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kTileVectors; ++v) {
+      const int left = cols - v * lanes;
+      if (left >= lanes) {
+        store(c + v * lanes, accumulate ? load(c + v * lanes) + sums[r][v] : sums[r][v]);
+      } else if (left > 0) {
+        const Vec<T> before = accumulate ? load_partial(c + v * lanes, left) : Vec<T>{};
+        store_partial<T>(c + v * lanes, before + sums[r][v], left);
+      }
+    }
+  }
+}
+
+// c[rows, cols] (+)= the product of one packed panel of A and one of B over depth k; rows <= kTileRows,
+// cols <= kTileCols.
+template <class T>
+FASTNETS_INLINE void tile(int rows, int cols, int64_t k, const T* a, const T* b, T* c, int64_t c_row, bool accumulate) {
+#define FASTNETS_TILE(n) \
+  case n: return tile_of<T, n>(k, a, b, c, c_row, cols, accumulate);
+  switch (rows) {
+    FASTNETS_TILE(1)
+    FASTNETS_TILE(2)
+    FASTNETS_TILE(3)
+    FASTNETS_TILE(4)
+#if FASTNETS_VECTOR_BYTES >= 32
+    FASTNETS_TILE(5)
+    FASTNETS_TILE(6)
+#endif
+#if FASTNETS_VECTOR_BYTES >= 64
+    FASTNETS_TILE(7)
+    FASTNETS_TILE(8)
+    FASTNETS_TILE(9)
+    FASTNETS_TILE(10)
+    FASTNETS_TILE(11)
+    FASTNETS_TILE(12)
+#endif
+  }
+#undef FASTNETS_TILE
+}
+
+// c[m, n] (+)= packed A times packed B, both packed over the same depth k.
+template <class T>
+void multiply_packed(int64_t m, int64_t n, int64_t k, const T* a, const T* b, T* c, int64_t c_row, bool accumulate) {
+  for (int64_t j = 0; j < n; j += kTileCols<T>) {
+    for (int64_t i = 0; i < m; i += kTileRows) {
+      tile<T>(static_cast<int>(at_most(kTileRows, m - i)), static_cast<int>(at_most(kTileCols<T>, n - j)), k, a + i * k,
+              b + j * k, c + i * c_row + j, c_row, accumulate);
+    }
+  }
+}
+
+// c[m, n] (+)= a[m, k] b[k, n] on this thread. Uses the scratch slots kScratchSlots - 1 and - 2.
+template <class T, class A, class B>
+void gemm_serial(int64_t m, int64_t n, int64_t k, View<A> a, View<B> b, T* c, int64_t c_row, bool accumulate) {
+  if (k == 0 && !accumulate) {
+    for (int64_t i = 0; i < m; ++i) std::memset(c + i * c_row, 0, n * sizeof(T));
+  }
+  const int64_t depth = at_most(k, kBlockDepth);
+  T* packed_a =
+      static_cast<T*>(scratch(kScratchSlots - 1, packed_rows_size(at_most(m, kBlockRows), depth) * sizeof(T)));
+  T* packed_b =
+      static_cast<T*>(scratch(kScratchSlots - 2, packed_cols_size<T>(depth, at_most(n, kBlockCols)) * sizeof(T)));
+  for (int64_t j = 0; j < n; j += kBlockCols) {
+    const int64_t cols = at_most(kBlockCols, n - j);
+    for (int64_t p = 0; p < k; p += kBlockDepth) {
+      const int64_t deep = at_most(kBlockDepth, k - p);
+      pack_cols<T>(b.at(p, j), deep, cols, packed_b);
+      for (int64_t i = 0; i < m; i += kBlockRows) {
+        const int64_t rows = at_most(kBlockRows, m - i);
+        pack_rows<T>(a.at(i, p), rows, deep, packed_a);
+        multiply_packed<T>(rows, cols, deep, packed_a, packed_b, c + i * c_row + j, c_row, accumulate || p > 0);
+      }
+    }
+  }
+}
+
+// c[m, n] (+)= a[m, k] b[k, n] on torch's threads, split along the longer side of c. Deterministic: k is never split.
+template <class T, class A, class B>
+void gemm(int64_t m, int64_t n, int64_t k, View<A> a, View<B> b, T* c, int64_t c_row, bool accumulate) {
+  constexpr int64_t least_work = int64_t{1} << 18;  // multiply-adds worth waking a thread for
+  const bool by_rows = m >= n;
+  const int64_t unit = by_rows ? kTileRows : kTileCols<T>;
+  const int64_t units = ((by_rows ? m : n) + unit - 1) / unit;
+  const int64_t work = unit * (by_rows ? n : m) * (k + 1);  // of one unit
+  const int64_t share = (units + thread_count() - 1) / thread_count(), least = least_work / work + 1;
+  parallel(units, share > least ? share : least, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * unit, past = at_most(end * unit, by_rows ? m : n);
+    if (by_rows) {
+      gemm_serial<T>(past - first, n, k, a.at(first, 0), b, c + first * c_row, c_row, accumulate);
+    } else {
+      gemm_serial<T>(m, past - first, k, a, b.at(0, first), c + first, c_row, accumulate);
+    }
+  });
+}
+
+}  // namespace fastnets::FASTNETS_ISA

@@ -6,19 +6,22 @@ from pathlib import Path
 
 import torch
 
+_FOLDER = Path(__file__).parent
+_NAMES = [_FOLDER / f"_C{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+
+path: Path | None = next((name for name in _NAMES if name.exists()), None)
+"""Where the operator library is, or None when there is none."""
+
 
 def _load() -> str | None:
     """Loads the library; returns why it could not be, or None."""
-    folder = Path(__file__).parent
-    found = [folder / f"_C{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
-    library = next((path for path in found if path.exists()), None)
-    if library is None:
-        return f"no operator library in {folder}: build it with `pip install .` (needs g++)"
+    if path is None:
+        return f"no operator library in {_FOLDER}: build it with `pip install .` (needs g++)"
     try:
-        torch.ops.load_library(str(library))
+        torch.ops.load_library(str(path))
         torch.ops.fastnets.cpu_capability()
     except (OSError, RuntimeError) as error:
-        return f"{library.name} does not load: {error}"
+        return f"{path.name} does not load: {error}"
     return None
 
 

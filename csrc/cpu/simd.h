@@ -284,32 +284,38 @@ FASTNETS_INLINE Vec<T> round_nearest(Vec<T> x) {
   return shifted - magic;
 }
 
-// e^x to about 1 ulp; 0 below the normal range, infinity above, NaN stays. The argument is reduced by multiples of
-// ln 2 (Cody and Waite) and the rest expanded in its Taylor series, whose terms fall below half an ulp.
+// x = n ln 2 + r with an integer n and |r| <= ln 2 / 2 (Cody and Waite's reduction); returns e^r - 1 by its Taylor
+// series, whose terms fall below half an ulp. |x| must stay within the exponent range.
 template <class T>
-FASTNETS_INLINE Vec<T> exp(Vec<T> x) {
+FASTNETS_INLINE Vec<T> reduced_expm1(Vec<T> x, Vec<T>& n) {
   constexpr bool is_double = sizeof(T) == 8;
-  const T lowest = is_double ? T(-708.39) : T(-87.336), highest = is_double ? T(709.78) : T(88.7228);
-  const Vec<T> clamped = minimum<T>(maximum<T>(x, broadcast<T>(lowest)), broadcast<T>(highest));
-  const Vec<T> n = round_nearest<T>(clamped * T(1.4426950408889634074));
-  Vec<T> r = fma<T>(n, broadcast<T>(is_double ? T(-0x1.62e42fefa39efp-1) : T(-0x1.62e4p-1)), clamped);
-  r = fma<T>(n, broadcast<T>(is_double ? T(-0x1.abc9e3b39803fp-56) : T(-0x1.7f7d1cp-20)), r);
+  n = round_nearest<T>(x * T(1.4426950408889634074));
+  Vec<T> r = fma<T>(n, broadcast<T>(is_double ? T(-0x1.62e42feep-1) : T(-0x1.62e4p-1)), x);
+  r = fma<T>(n, broadcast<T>(is_double ? T(-0x1.a39ef35793c76p-33) : T(-0x1.7f7d1cp-20)), r);
   Vec<T> p;
   if constexpr (is_double) {
     p = broadcast<T>(T(1.0 / 6227020800));
-    for (const double factorial :
-         {479001600.0, 39916800.0, 3628800.0, 362880.0, 40320.0, 5040.0, 720.0, 120.0, 24.0, 6.0}) {
+    for (const double factorial : {479001600.0, 39916800.0, 3628800.0, 362880.0, 40320.0, 5040.0, 720.0, 120.0}) {
       p = fma<T>(p, r, broadcast<T>(T(1.0 / factorial)));
     }
   } else {
     p = broadcast<T>(T(1.0 / 5040));
-    for (const double factorial : {720.0, 120.0, 24.0, 6.0}) p = fma<T>(p, r, broadcast<T>(T(1.0 / factorial)));
+    for (const double factorial : {720.0, 120.0}) p = fma<T>(p, r, broadcast<T>(T(1.0 / factorial)));
   }
-  p = fma<T>(p, r, broadcast<T>(T(0.5)));
-  p = fma<T>(p * r, r, r) + T(1);
+  for (const double factorial : {24.0, 6.0, 2.0}) p = fma<T>(p, r, broadcast<T>(T(1.0 / factorial)));
+  return fma<T>(p * r, r, r);
+}
+
+// e^x to about 1 ulp; 0 below the normal range, infinity above, NaN stays.
+template <class T>
+FASTNETS_INLINE Vec<T> exp(Vec<T> x) {
+  constexpr bool is_double = sizeof(T) == 8;
+  const T lowest = is_double ? T(-708.39) : T(-87.336), highest = is_double ? T(709.78) : T(88.7228);
+  Vec<T> n;
+  const Vec<T> q = reduced_expm1<T>(minimum<T>(maximum<T>(x, broadcast<T>(lowest)), broadcast<T>(highest)), n);
   // 2^n in two factors: n reaches one past the largest exponent.
   const Vec<T> half = round_nearest<T>(n * T(0.5));
-  Vec<T> y = p * power_of_two<T>(half) * power_of_two<T>(n - half);
+  Vec<T> y = (q + T(1)) * power_of_two<T>(half) * power_of_two<T>(n - half);
   y = select<T>(x < broadcast<T>(lowest), Vec<T>{}, y);
   y = select<T>(x > broadcast<T>(highest), broadcast<T>(is_double ? T(__builtin_inf()) : T(__builtin_inff())), y);
   return select<T>(x == x, y, x);
@@ -320,16 +326,14 @@ FASTNETS_INLINE Vec<T> sigmoid(Vec<T> x) {
   return T(1) / (T(1) + exp<T>(-x));
 }
 
-// tanh x = 1 - 2 / (e^2x + 1); near zero, where that cancels, the odd series of the expm1 quotient is used instead.
+// tanh |x| = e / (e + 2) with e = expm1(2 |x|): one division, and no cancellation near zero. Past 20 it is 1.
 template <class T>
 FASTNETS_INLINE Vec<T> tanh(Vec<T> x) {
-  const Vec<T> magnitude = absolute<T>(x), square = x * x;
-  const Vec<T> large = T(1) - T(2) / (exp<T>(magnitude + magnitude) + T(1));
-  // Lambert's continued fraction, x / (1 + x^2 / (3 + x^2 / (5 + ...))), to double precision below 0.55.
-  Vec<T> fraction = broadcast<T>(T(sizeof(T) == 8 ? 15 : 9));
-  for (int odd = sizeof(T) == 8 ? 13 : 7; odd >= 1; odd -= 2) fraction = T(odd) + square / fraction;
-  const Vec<T> small = x / fraction;
-  return select<T>(magnitude < broadcast<T>(T(0.55)), small, select<T>(x < Vec<T>{}, -large, large));
+  Vec<T> n;
+  const Vec<T> magnitude = minimum<T>(absolute<T>(x), broadcast<T>(T(20)));
+  const Vec<T> q = reduced_expm1<T>(magnitude + magnitude, n), power = power_of_two<T>(n);
+  const Vec<T> e = fma<T>(q, power, power - T(1)), y = e / (e + T(2));
+  return select<T>(x == x, select<T>(x < Vec<T>{}, -y, y), x);
 }
 
 // Calls body(S{}) with the storage type of dtype.

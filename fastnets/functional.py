@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .ops._checks import expect_tensor
 from .ops.softmax import softmax as _softmax
 
 __all__ = ["softmax"]
@@ -32,6 +33,7 @@ def softmax(
     Raises:
         TypeError, ValueError, IndexError: naming the argument.
     """
+    expect_tensor(input, "input")
     if dtype is not None:
         input = input.to(dtype)
     if dim is None:

@@ -14,10 +14,14 @@ import torch
 
 from . import _library
 
-__all__ = ["BACKENDS", "Case", "Implementation", "backend", "select", "why_missing"]
+__all__ = ["BACKENDS", "Case", "Implementation", "Unsupported", "backend", "select", "why_missing"]
 
 BACKENDS = ("reference", "cpu", "cuda", "triton", "simt")
 FAMILIES = ("conv", "recurrent", "attention", "softmax")
+
+
+class Unsupported(NotImplementedError):
+    """The forced backend does not take the case; the message says why."""
 
 
 class Case(NamedTuple):
@@ -115,7 +119,8 @@ def backend(name: str | None) -> Iterator[None]:
 
     Raises:
         ValueError: no such backend.
-        NotImplementedError: by an operator inside the context, with the reason, where the backend does not take it.
+        Unsupported (a NotImplementedError): by an operator inside the context, with the reason, where the backend does
+            not take it.
     """
     if name is not None:
         _check_name(name)
@@ -145,7 +150,7 @@ def _forced_choice(case: Case, name: str) -> Implementation:
     implementation = IMPLEMENTATIONS.get((case.family, name))
     reason = why_missing(name) if implementation is None else implementation.supports(case)
     if implementation is None or reason is not None:
-        raise NotImplementedError(f"backend {name!r} does not run this {case.family}: {reason}")
+        raise Unsupported(f"backend {name!r} does not run this {case.family}: {reason}")
     return implementation
 
 

@@ -4,8 +4,11 @@ import argparse
 import json
 from typing import Any
 
+from rich.table import Table
+
 from .. import dispatch
 from ..bench import environment
+from ._common import console
 
 NO_GPU_KERNELS = "This release has no GPU kernels: tensors on a GPU run on the reference backend, in plain PyTorch."
 FORCE_NOTE = "FASTNETS_CPU=generic|avx2|avx512 forces one"
@@ -38,10 +41,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print(found: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False)
+    out = console()
 
     def table(title: str, rows: dict[str, Any]) -> None:
         grid = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False)
@@ -49,8 +49,8 @@ def _print(found: dict[str, Any]) -> None:
         grid.add_column(overflow="fold")
         for name, value in rows.items():
             grid.add_row(name, "-" if value is None else str(value))
-        console.print(grid)
-        console.print()
+        out.print(grid)
+        out.print()
 
     table("versions", {name: value or "not installed" for name, value in found["versions"].items()})
     machine = found["machine"]
@@ -83,4 +83,4 @@ def _print(found: dict[str, Any]) -> None:
         },
     )
     if not found["gpu_kernels"]:
-        console.print(NO_GPU_KERNELS)
+        out.print(NO_GPU_KERNELS)

@@ -97,7 +97,7 @@ def check(case: Case, dtype: torch.dtype, backend: str, *, device: str = "cpu", 
     """Runs the case forwards and backwards on `backend` and holds every output and gradient against the rule.
 
     Raises:
-        NotImplementedError: with the reason, where the backend does not take the case.
+        dispatch.Unsupported: with the reason, where the backend does not take the case.
     """
     drawn = case.inputs(torch.Generator().manual_seed(seed))
     # For float64 itself nothing truer is at hand: PyTorch's float32 error, scaled by the ratio of the two epsilons.

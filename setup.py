@@ -25,6 +25,7 @@ KERNEL_FLAGS = [
     "-fno-trapping-math",
     "-Wno-uninitialized",
     "-Wno-maybe-uninitialized",
+    "-Wno-psabi",
 ]
 INSTRUCTION_SETS = {"generic": []}
 if platform.machine() in ("x86_64", "AMD64"):

@@ -3,6 +3,23 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(fastnets, m) {
+  // activation(conv + bias + residual). x[N, C, *], weight[K, C / groups, *kernel], `size` the result's, `padding` the
+  // zeros before the first element (those behind the last follow from size), up to 3 spatial dimensions; x, residual
+  // and the result contiguous or, with channels_last, their channels innermost. activation: an index into
+  // fastnets.reference.conv.ACTIVATIONS. Returns the result and, with keep, the activation's input (else nothing).
+  m.def(
+      "conv_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, SymInt[] size, int[] stride, "
+      "int[] padding, int[] dilation, int groups, bool channels_last, int activation, bool keep) -> (Tensor, Tensor)");
+  // The gradient in x, of spatial size `size`, from the result's; with an epilogue, the transposed convolution.
+  m.def(
+      "conv_grad_input(Tensor grad, Tensor weight, Tensor? bias, Tensor? residual, SymInt[] size, int[] stride, "
+      "int[] padding, int[] dilation, int groups, bool channels_last, int activation, bool keep) -> (Tensor, Tensor)");
+  // The gradient in weight, of weight's shape and strides.
+  m.def(
+      "conv_grad_weight(Tensor grad, Tensor x, Tensor weight, int[] stride, int[] padding, int[] dilation, "
+      "int groups, bool channels_last) -> Tensor");
+  // The gradient in the activation's input; saved: that input (gelu, silu) or its output (relu, sigmoid, tanh).
+  m.def("conv_grad_epilogue(Tensor grad, Tensor saved, int activation) -> Tensor");
   // softmax over `dim` of x * scale + mask, mask boolean (True takes part) or additive, of x's shape (strides may be
   // 0).
   m.def("softmax_forward(Tensor x, Tensor? mask, int dim, float scale) -> Tensor");

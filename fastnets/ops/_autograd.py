@@ -18,12 +18,18 @@ class Call:
     visible: int = 1
     """How many of forward's outputs belong to the caller and carry gradients; the rest are for backward alone."""
 
+    saves_outputs: bool = True
+    """Whether backward wants the visible outputs back; where it does not, they need not stay in memory for it."""
+
     def forward(self, *inputs: Tensor | None) -> Tensors:
         """Runs the operator: the visible outputs, then what backward needs besides."""
         raise NotImplementedError
 
     def backward(self, inputs: Tensors, outputs: Tensors, grads: Tensors, needs: Sequence[bool]) -> Tensors:
-        """A gradient for every input with `needs`; `grads` has one entry a visible output, None where unused."""
+        """A gradient for every input with `needs`; `grads` has one entry a visible output, None where unused.
+
+        `outputs` are forward's, less the visible ones if not `saves_outputs`.
+        """
         raise NotImplementedError
 
     def reference(self, *inputs: Tensor | None) -> Tensors:
@@ -62,7 +68,7 @@ class _Operator(torch.autograd.Function):
         ctx.inputs = len(tensors)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(t for t in outputs[call.visible :] if t is not None))
-        ctx.save_for_backward(*tensors, *outputs)
+        ctx.save_for_backward(*tensors, *(outputs if call.saves_outputs else outputs[call.visible :]))
 
     @staticmethod
     def backward(ctx, *grads: Tensor | None):

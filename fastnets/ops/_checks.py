@@ -9,6 +9,14 @@ from torch import Tensor
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+class ShapeError(ValueError, RuntimeError):
+    """A bad size or value where PyTorch's own operator raises RuntimeError."""
+
+
+class DtypeError(TypeError, RuntimeError):
+    """A bad dtype where PyTorch's own operator raises RuntimeError."""
+
+
 def expect_tensor(value: Any, name: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")

@@ -101,3 +101,20 @@ def test_errors_name_the_argument(error, words, arguments):
     input, dim, *mask = arguments()
     with pytest.raises(error, match=words):
         softmax(input, dim, mask=mask[0] if mask else None)
+
+
+def test_transforms_of_torch_func():
+    x, mask = torch.randn(4, 3, 5, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
+
+    def loss(function):
+        return lambda x, mask: function(x, -1, mask).square().sum()
+
+    ours = loss(lambda x, dim, mask: softmax(x, dim, mask=mask))
+    stock = loss(lambda x, dim, mask: torch.softmax(x + mask, dim))
+    for transform in (
+        lambda f: torch.func.vmap(f, in_dims=(0, None)),
+        lambda f: torch.func.grad(f, argnums=(0, 1)),
+        lambda f: torch.func.vmap(torch.func.grad(f, argnums=(0, 1)), in_dims=(0, None)),
+        lambda f: torch.func.jacrev(torch.func.grad(f)),
+    ):
+        torch.testing.assert_close(transform(ours)(x, mask), transform(stock)(x, mask))

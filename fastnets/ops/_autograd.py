@@ -38,21 +38,17 @@ class Call:
 
     def differentiable_backward(self, inputs: Tensors, outputs: Tensors, grads: Tensors, needs: Sequence[bool]):
         """As `backward`, itself differentiable: through the reference."""
-        # Aliases: the same tensor may be several inputs (query is key), each with a gradient of its own.
-        aliases = [t.view_as(t) if t is not None and need else t for t, need in zip(inputs, needs, strict=True)]
-        wanted = [t for t, need in zip(aliases, needs, strict=True) if need]
-        results = [
-            (out, grad)
-            for out, grad in zip(self.reference(*aliases)[: self.visible], grads, strict=True)
-            if grad is not None and out is not None and out.requires_grad
-        ]
-        if not results:
-            return tuple(torch.zeros_like(t) if need else None for t, need in zip(inputs, needs, strict=True))
-        found = iter(
-            torch.autograd.grad(
-                [out for out, _ in results], wanted, [g for _, g in results], create_graph=True, materialize_grads=True
-            )
+
+        def visible(*chosen: Tensor) -> Tensors:
+            replaced = iter(chosen)
+            return self.reference(*(next(replaced) if need else t for t, need in zip(inputs, needs, strict=True)))
+
+        wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+        results, pull = torch.func.vjp(visible, *wanted)
+        cotangents = tuple(
+            torch.zeros_like(result) if grad is None else grad for result, grad in zip(results, grads, strict=True)
         )
+        found = iter(pull(cotangents))
         return tuple(next(found) if need else None for need in needs)
 
 
@@ -79,13 +75,25 @@ class _Operator(torch.autograd.Function):
         if all(g is None for g in grads):
             return (None,) * (1 + len(inputs))
         # Gradients of the gradients are wanted: only then is grad mode on here. (A graph being compiled has none.)
-        differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        differentiable = (torch.is_grad_enabled() or _transforming()) and not torch.compiler.is_compiling()
         run = ctx.call.differentiable_backward if differentiable else ctx.call.backward
         return (None, *run(inputs, outputs, grads, needs))
+
+    @staticmethod
+    def vmap(info, in_dims, call: Call, *inputs: Tensor | None):
+        """torch.func.vmap maps the reference: the kernels know no batch dimension besides their own."""
+        outputs = torch.vmap(call.reference, in_dims=in_dims[1:], randomness=info.randomness)(*inputs)
+        return outputs, (0,) * len(outputs)
+
+
+def _transforming() -> bool:
+    """True inside torch.func's transforms, whose tensors the kernels must not see."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def run(call: Call, *inputs: Tensor | None) -> Tensors:
     """Runs the call and returns its visible outputs, with autograd where an input asks for it."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    if wanted or (not torch.compiler.is_compiling() and _transforming()):
         return _Operator.apply(call, *inputs)[: call.visible]
     return call.forward(*inputs)[: call.visible]

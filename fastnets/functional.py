@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .ops import attention as _attention
 from .ops._checks import expect_tensor
 from .ops.conv import conv as _conv
 from .ops.conv import conv_transpose as _conv_transpose
@@ -17,7 +18,9 @@ __all__ = [
     "conv_transpose1d",
     "conv_transpose2d",
     "conv_transpose3d",
+    "scaled_dot_product_attention",
     "softmax",
+    "varlen_attention",
 ]
 
 
@@ -207,3 +210,107 @@ def conv_transpose3d(
     """
     options = stride, padding, output_padding, groups, dilation
     return _conv_transpose(3, input, weight, bias, *options, activation, residual)
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    window_size: tuple[int | None, int | None] | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(query key^T * scale + mask) value in memory linear in the lengths; torch's function with extras.
+
+    Args:
+        query: [..., Hq, Lq, D]; float32, float64, bfloat16 or float16. Leading dimensions broadcast, as in torch; two
+            dimensions are enough.
+        key: [..., Hkv, Lk, D].
+        value: [..., Hkv, Lk, Dv].
+        attn_mask: broadcastable to [..., Hq, Lq, Lk]; boolean (True takes part) or additive, with gradient; or
+            torch.nn.attention.bias.causal_upper_left / causal_lower_right. Not with is_causal.
+        dropout_p: probability that a weight is zeroed; always applied, as in torch.
+        is_causal: query i sees the keys up to i (aligned at the first query and key, as in torch).
+        scale: of query key^T; None means 1 / sqrt(D).
+        enable_gqa: Hkv may divide Hq; neighbouring query heads then share a head of key and value.
+        window_size: (left, right): query i sees the keys from i - left to i + right, of its own position counted as
+            is_causal does (with causal_lower_right: as that does); None is unlimited on that side.
+        softcap: scores become softcap * tanh(score / softcap), before mask and bias; 0 means none.
+        alibi_slopes: [Hq] or [B, Hq]: adds -slope * |i - j|, positions counted as by window_size. No gradient.
+        return_lse: also return the rows' log-sum-exp.
+
+    Returns:
+        [..., Hq, Lq, Dv], and lse [..., Hq, Lq] with `return_lse`: natural logarithm, with gradient, float64 for
+        float64 inputs and float32 for all others. A row that sees no key gives 0, an lse of -inf and zero gradient.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    return _attention.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask,
+        dropout_p,
+        is_causal,
+        scale,
+        enable_gqa,
+        window_size,
+        softcap,
+        alibi_slopes,
+        return_lse,
+    )
+
+
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    window_size: tuple[int | None, int | None] | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention within each of N sequences of different lengths, packed one after the other without padding.
+
+    Args:
+        query: [total_q, Hq, D].
+        key: [total_k, Hkv, D]; Hkv divides Hq.
+        value: [total_k, Hkv, Dv].
+        cu_seqlens_q, cu_seqlens_k: int32 or int64 [N + 1], ascending from 0 to the total: where each sequence begins.
+        is_causal, window_size, alibi_slopes: as in `scaled_dot_product_attention`, but in every sequence its last query
+            faces its last key, as in FlashAttention's; slopes are [Hq] or [N, Hq].
+
+    Returns:
+        [total_q, Hq, Dv], and lse [Hq, total_q] with `return_lse`.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    return _attention.varlen_attention(
+        query,
+        key,
+        value,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        dropout_p,
+        is_causal,
+        scale,
+        window_size,
+        softcap,
+        alibi_slopes,
+        return_lse,
+    )

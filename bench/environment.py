@@ -5,6 +5,7 @@ import os
 import platform
 import re
 import subprocess
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +96,16 @@ def commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):  # no git on this machine, or a checkout it does not trust
         return None
+
+
+def record() -> dict[str, Any]:
+    """What a figure means nothing without: machine, versions, commit, date, and what else was running."""
+    return {
+        "device": "cpu",
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "versions": versions(),
+        "machine": machine(),
+        "instruction_set": instruction_set(),
+        "load_average": list(os.getloadavg()),
+    }

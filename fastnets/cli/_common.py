@@ -41,14 +41,14 @@ def write(path: Path, text: str) -> None:
         raise UsageError(f"cannot write {path}: {error.strerror}") from error
 
 
-def add_selection(parser: argparse.ArgumentParser) -> None:
-    """--op, --match and --dtype: which rows of the operator table."""
+def add_selection(parser: argparse.ArgumentParser, families: tuple[str, ...] = testing.FAMILIES) -> None:
+    """--op (one of `families`), --match and --dtype: which rows."""
     parser.add_argument(
         "--op",
         action="append",
-        choices=testing.FAMILIES,
+        choices=families,
         metavar="OP",
-        help=f"only this family ({', '.join(testing.FAMILIES)}); may be repeated",
+        help=f"only this family ({', '.join(families)}); may be repeated",
     )
     parser.add_argument("--match", metavar="TEXT", help="only rows whose name contains TEXT")
     parser.add_argument(

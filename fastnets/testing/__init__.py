@@ -162,7 +162,7 @@ def _run(case: Case, function, drawn: Inputs, rounded: torch.dtype, dtype: torch
         for name, t in inputs.items()
         if t is not None and t.is_floating_point() and name not in case.constant
     }
-    outputs = {f"output {i}": out for i, out in enumerate(_flatten(function(**inputs)))}
+    outputs = {f"output {i}": out for i, out in enumerate(flatten(function(**inputs)))}
     generator = torch.Generator().manual_seed(seed + 1)
     total = [
         (out, torch.randn(out.shape, generator=generator, dtype=torch.float64).to(rounded).to(device, out.dtype))
@@ -178,7 +178,8 @@ def _run(case: Case, function, drawn: Inputs, rounded: torch.dtype, dtype: torch
     return {name: out.detach().cpu() for name, out in outputs.items()}
 
 
-def _flatten(value: Any) -> list[Tensor]:
+def flatten(value: Any) -> list[Tensor]:
+    """The tensors of a (nested) tuple of outputs, in order."""
     if isinstance(value, Tensor):
         return [value]
-    return [tensor for item in value for tensor in _flatten(item) if item is not None]
+    return [tensor for item in value for tensor in flatten(item) if item is not None]

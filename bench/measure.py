@@ -1,0 +1,130 @@
+"""The measuring core: rivals timed in turns within one process, and the memory that a call takes."""
+
+import contextlib
+import ctypes
+import gc
+import math
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Timing", "compare", "freed_memory_kept", "peak_memory", "quantile"]
+
+Call = Callable[[], object]
+
+_BLOCK = 2e-3
+"""Seconds that one sample lasts at least: a short call is repeated within a sample, against the clock's own cost."""
+_FEWEST = 3
+"""Samples of every rival, however long one takes."""
+
+
+def quantile(values: list[float], share: float) -> float:
+    """The value below which `share` of the values lie, interpolated."""
+    ordered = sorted(values)
+    position = share * (len(ordered) - 1)
+    below = math.floor(position)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a call, one value a sample."""
+
+    samples: list[float]
+
+    @property
+    def p20(self) -> float:
+        return quantile(self.samples, 0.2)
+
+    @property
+    def p50(self) -> float:
+        return quantile(self.samples, 0.5)
+
+    @property
+    def p80(self) -> float:
+        return quantile(self.samples, 0.8)
+
+
+def _repeat(call: Call, times: int) -> float:
+    start = time.perf_counter()
+    for _ in range(times):
+        call()
+    return time.perf_counter() - start
+
+
+def compare(calls: Mapping[str, Call], seconds: float) -> dict[str, Timing]:
+    """Times the calls in turns, so that whatever disturbs the machine disturbs all of them.
+
+    Args:
+        calls: the rivals by name.
+        seconds: how long to go on altogether; each rival gets at least three samples, whatever they take.
+    """
+    repeats = {}
+    for name, call in calls.items():
+        call()
+        repeats[name] = max(1, math.ceil(_BLOCK / max(_repeat(call, 1), 1e-7)))
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    order = list(calls)
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        end = time.perf_counter() + seconds
+        while len(samples[order[0]]) < _FEWEST or time.perf_counter() < end:
+            for name in order:
+                samples[name].append(_repeat(calls[name], repeats[name]) / repeats[name])
+            order.reverse()  # a b, b a, a b: neither always follows the other
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: Timing(values) for name, values in samples.items()}
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
+_DEFAULT_TRIM, _DEFAULT_MMAPS = 128 * 1024, 65536
+
+
+@contextlib.contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """Within, freed memory stays in the process: else page faults of large outputs come and go between runs.
+
+    Does nothing where the C library is not glibc.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        yield
+        return
+    mallopt(_M_MMAP_MAX, 0)
+    mallopt(_M_TRIM_THRESHOLD, -1)
+    try:
+        yield
+    finally:
+        mallopt(_M_MMAP_MAX, _DEFAULT_MMAPS)
+        mallopt(_M_TRIM_THRESHOLD, _DEFAULT_TRIM)
+
+
+def _status(field: str) -> int:
+    match = re.search(rf"^{field}:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return int(match.group(1)) * 1024
+
+
+def peak_memory(call: Call) -> int | None:
+    """Bytes by which a call raises the process's peak resident memory; None where the system does not tell.
+
+    The call is warm and the heap trimmed before, so inputs, and buffers that a library keeps between calls, do not
+    count. Good to about a quarter of a megabyte, the kernel's own precision.
+    """
+    call()
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS: proc(5)
+    except OSError:
+        return None
+    before = _status("VmRSS")
+    call()
+    return max(0, _status("VmHWM") - before)

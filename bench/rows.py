@@ -1,0 +1,106 @@
+"""What is measured: the operator table's benchmark cases and the networks, forward and training, each beside PyTorch's.
+
+FLOPs are counted as docs/benchmarks.md says.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastnets import dispatch, testing
+
+__all__ = ["MODES", "OURS", "THEIRS", "Row", "operator_rows"]
+
+OURS, THEIRS = "fastnets", "torch"
+MODES = ("forward", "training")
+
+Calls = dict[str, Callable[[], Any]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the benchmark."""
+
+    family: str
+    name: str
+    dtype: torch.dtype
+    mode: str
+    """forward (without gradients) or training (forward and every gradient; for a network the optimiser's step too)."""
+    prepare: Callable[[], Calls]
+    """Draws the inputs and returns both rivals' calls, by name."""
+    flops: float = 0.0
+    """Of one call; 0 where the row is bound by memory, or not counted."""
+    bytes: float = 0.0
+    """That one call must read and write; 0 where not counted."""
+    items: float = 0.0
+    """Samples that one call of a network takes."""
+
+    @property
+    def title(self) -> str:
+        return f"{self.family} {self.name} {str(self.dtype).removeprefix('torch.')} {self.mode}"
+
+
+def operator_rows(cases: Iterable[testing.Case]) -> list[Row]:
+    """A forward and a training row for every benchmark case and dtype."""
+    return [
+        Row(
+            family=case.op,
+            name=case.name,
+            dtype=dtype,
+            mode=mode,
+            prepare=lambda case=case, dtype=dtype, mode=mode: _operator_calls(case, dtype, mode),
+            flops=case.flops if mode == "forward" else case.training_flops or 3 * case.flops,
+            bytes=case.elements * dtype.itemsize if mode == "forward" else 0.0,
+        )
+        for case in cases
+        for dtype in case.benchmark
+        for mode in MODES
+    ]
+
+
+def _operator_calls(case: testing.Case, dtype: torch.dtype, mode: str) -> Calls:
+    inputs = testing.cast(case.inputs(torch.Generator().manual_seed(0)), dtype)
+    rivals = {OURS: case.function, THEIRS: case.peer or _on_reference(case.function)}
+    if mode == "forward":
+        return {name: _forward(function, inputs) for name, function in rivals.items()}
+    for name, tensor in inputs.items():
+        if tensor is not None and tensor.is_floating_point() and name not in case.constant:
+            tensor.requires_grad_()
+    return {name: _training(function, inputs) for name, function in rivals.items()}
+
+
+def _on_reference(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Where PyTorch has no operator of its own, the rival is the definition written in PyTorch's operators."""
+
+    def run(**inputs: Tensor | None):
+        with dispatch.backend("reference"):
+            return function(**inputs)
+
+    return run
+
+
+def _forward(function: Callable[..., Any], inputs: dict[str, Tensor | None]) -> Callable[[], Any]:
+    def call():
+        with torch.no_grad():
+            return function(**inputs)
+
+    return call
+
+
+def _training(function: Callable[..., Any], inputs: dict[str, Tensor | None]) -> Callable[[], Any]:
+    leaves = [tensor for tensor in inputs.values() if tensor is not None and tensor.requires_grad]
+    outputs = _differentiable(function(**inputs))
+    grads = [torch.randn_like(out) for out in outputs]
+    del outputs
+
+    def call():
+        return torch.autograd.grad(_differentiable(function(**inputs)), leaves, grads, allow_unused=True)
+
+    return call
+
+
+def _differentiable(value: Any) -> list[Tensor]:
+    return [out for out in testing.flatten(value) if out.requires_grad]

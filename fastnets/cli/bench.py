@@ -1,0 +1,127 @@
+"""`fastnets bench`: every benchmark row beside PyTorch's own, interleaved, in one process."""
+
+import argparse
+import importlib.util
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ..bench import environment, measure, report
+from ..bench.rows import Row, operator_rows
+from . import INTERRUPTED, UsageError, verify
+from ._common import add_selection, console, dtype_name, output_file, selected_cases, write
+
+_SECONDS, _QUICK_SECONDS = 100, 25
+_LEAST = 0.1
+"""Seconds a row, when the time is up."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "Both sides run in turns in one process, on the same inputs, threads and allocator settings. `verify --quick` "
+        "comes first: nothing wrong is measured. Only what ran on this machine is printed."
+    )
+    add_selection(parser)
+    parser.add_argument("--threads", type=_positive, metavar="N", help="threads for both sides (default: torch's own)")
+    parser.add_argument(
+        "--seconds", type=_positive, metavar="S", help=f"time to measure for, all rows together (default {_SECONDS})"
+    )
+    parser.add_argument("--quick", action="store_true", help=f"measure for {_QUICK_SECONDS} seconds only")
+    parser.add_argument("--skip-verify", action="store_true", help="do not check first; the report says so")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write figures and environment to FILE")
+    parser.add_argument("--csv", type=output_file, metavar="FILE", help="write one line a row to FILE")
+    parser.add_argument("--plot", type=output_file, metavar="FILE", help="draw the speed-ups (.png, .svg, .pdf)")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+    return int(text)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("--plot needs matplotlib: pip install 'fastnets[bench]'")
+    rows = _rows(args)
+    out, progress = console(), console(stderr=True)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    if not args.skip_verify and not _verified(args, out, progress):
+        out.print("not benchmarked: the figures of a wrong result mean nothing")
+        return 1
+    found: list[report.Measurement] = []
+    setting = environment.record() | {"verified": not args.skip_verify}
+    interrupted = False
+    try:
+        for measurement in measured(rows, args.seconds or (_QUICK_SECONDS if args.quick else _SECONDS), progress):
+            found.append(measurement)
+    except KeyboardInterrupt:
+        interrupted = True
+    _print(found, setting, out)
+    if interrupted:
+        out.print("interrupted: these are the rows that were measured")
+    if args.json is not None:
+        write(args.json, json.dumps(report.as_json(found, setting), indent=1) + "\n")
+    if args.csv is not None:
+        write(args.csv, report.as_csv(found, setting))
+    if args.plot is not None:
+        report.plot(found, setting, args.plot)
+    return INTERRUPTED if interrupted else 0
+
+
+def _rows(args: argparse.Namespace) -> list[Row]:
+    rows = [row for row in operator_rows(selected_cases(args)) if not args.dtype or dtype_name(row.dtype) in args.dtype]
+    if not rows:
+        raise UsageError("no row of the benchmark is left by these options")
+    return rows
+
+
+def _verified(args: argparse.Namespace, out: Console, progress: Console) -> bool:
+    """Runs `verify --quick` on the operators about to be measured; prints what failed."""
+    asked = argparse.Namespace(op=args.op, match=None, dtype=None, backend=None, quick=True)
+    results = list(verify.check_all(verify.rows(asked), progress))
+    if any(result.status == "failed" for result in results):
+        verify.print_results(results, out, verbose=False)
+        return False
+    out.print(f"verified: {sum(result.status == 'passed' for result in results)} checks against float64 passed")
+    return True
+
+
+def measured(rows: list[Row], seconds: float, progress_on: Console) -> Iterator[report.Measurement]:
+    """Measures row by row under a progress bar; the rows left share the time left."""
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    end = time.perf_counter() + seconds
+    with measure.freed_memory_kept(), Progress(*columns, console=progress_on, transient=True) as progress:
+        task = progress.add_task("", total=len(rows))
+        for i, row in enumerate(rows):
+            progress.update(task, description=row.title)
+            share = max(_LEAST, (end - time.perf_counter()) / (len(rows) - i))
+            calls = row.prepare()
+            memory = {name: measure.peak_memory(call) for name, call in calls.items()}
+            yield report.Measurement(row, measure.compare(calls, share), memory)
+            progress.advance(task)
+
+
+def _print(found: list[report.Measurement], setting: dict[str, Any], out: Console) -> None:
+    machine, versions = setting["machine"], setting["versions"]
+    load = setting["load_average"][0]
+    out.print(
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, "
+        f"{setting['instruction_set']['in_use'] or 'reference backend: no operator library'}; "
+        f"fastnets {versions['fastnets']} ({setting['commit'] or 'no commit'}), torch {versions['torch']}, "
+        f"{setting['date']}, load average {load:.2f}"
+    )
+    if load > machine["cores"]:
+        out.print("the machine is busy: times are longer than they would be, ratios less certain")
+    if not setting["verified"]:
+        out.print("NOT VERIFIED: run without --skip-verify before you quote a figure")
+    out.print()
+    out.print(report.table(found))
+    out.print("times: median (20th-80th percentile); rates and peak memory of one call: fastnets / torch")
+    out.print()
+    out.print(report.totals(found))

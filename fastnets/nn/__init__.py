@@ -1,14 +1,21 @@
 """Drop-in modules: subclasses of torch.nn's that override the forward path and nothing else."""
 
 from .conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
+from .recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from .softmax import Softmax
 
 __all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
     "Conv1d",
     "Conv2d",
     "Conv3d",
     "ConvTranspose1d",
     "ConvTranspose2d",
     "ConvTranspose3d",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
     "Softmax",
 ]

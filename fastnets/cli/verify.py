@@ -69,11 +69,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def rows(args: argparse.Namespace) -> list[Row]:
     """The checks that the arguments ask for."""
+    backends = _backends(args.backend)
     found = [
         Row(case, dtype, backend)
         for case in selected_cases(args)
         if case.verify and (case.quick or not args.quick)
-        for backend in _backends(args.backend)
+        for backend in backends
         for dtype in selected_dtypes(args, case.dtypes)
     ]
     if not found:

@@ -1,0 +1,78 @@
+"""The measuring core and the report."""
+
+import time
+
+import pytest
+import torch
+from fastnets.bench import measure, report
+from fastnets.bench.rows import OURS, THEIRS, Row, operator_rows
+
+from fastnets import testing
+
+
+def _measurement(family: str, mode: str, ours: float, theirs: float, **row) -> report.Measurement:
+    return report.Measurement(
+        Row(family, "case", torch.float32, mode, dict, **row),
+        {OURS: measure.Timing([ours]), THEIRS: measure.Timing([theirs])},
+        {OURS: 1000000, THEIRS: None},
+    )
+
+
+def test_quantiles():
+    timing = measure.Timing([5.0, 1.0, 3.0, 2.0, 4.0, 6.0])
+    assert timing.p50 == 3.5
+    assert (timing.p20, timing.p80) == (2.0, 5.0)
+    assert measure.Timing([7.0]).p80 == 7.0
+
+
+def test_rivals_take_turns():
+    calls: list[str] = []
+    timings = measure.compare({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 0.01)
+    assert len(timings["a"].samples) == len(timings["b"].samples) >= 3
+    runs = [name for i, name in enumerate(calls) if i == 0 or calls[i - 1] != name]
+    assert len(runs) > 3  # blocks of a and of b in turns, not all of a and then all of b
+
+
+def test_times_are_those_of_one_call():
+    timings = measure.compare({"short": lambda: time.sleep(0.0005), "long": lambda: time.sleep(0.02)}, 0.1)
+    assert 0.0005 <= timings["short"].p50 < 0.01
+    assert timings["long"].p50 >= 0.02
+
+
+def test_peak_memory_is_that_of_the_call():
+    size = 64 << 20
+    with measure.freed_memory_kept():
+        used = measure.peak_memory(lambda: torch.ones(size, dtype=torch.uint8))
+        twice = measure.peak_memory(lambda: torch.ones(size, dtype=torch.uint8) + 1)
+    assert used == pytest.approx(size, rel=0.02)
+    assert twice == pytest.approx(2 * size, rel=0.02)
+
+
+def test_rates():
+    m = _measurement("conv", "forward", 0.5, 1.0, flops=3e9)
+    assert m.speedup == 2.0
+    assert m.rate(OURS) == (6.0, "GFLOP/s")
+    assert m.rate(THEIRS) == (3.0, "GFLOP/s")
+    assert _measurement("conv", "forward", 0.5, 1.0).rate(OURS) is None
+
+
+def test_geometric_means():
+    means = report.geometric_means(
+        [
+            _measurement("conv", "forward", 1.0, 4.0),
+            _measurement("conv", "forward", 1.0, 1.0),
+            _measurement("conv", "training", 2.0, 1.0),
+        ]
+    )
+    assert means == {("conv", "forward"): pytest.approx(2.0), ("conv", "training"): pytest.approx(0.5)}
+
+
+@pytest.mark.parametrize("mode", ["forward", "training"])
+def test_both_rivals_of_a_row_do_the_same(mode):
+    case = next(case for case in testing.operator_table("softmax") if case.benchmark)
+    row = next(row for row in operator_rows([case]) if row.mode == mode and row.dtype == torch.float32)
+    calls = row.prepare()
+    ours, theirs = (testing.flatten(calls[name]()) for name in (OURS, THEIRS))
+    assert len(ours) == len(theirs) > 0
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)

@@ -1,0 +1,67 @@
+"""The networks over images and measurements. `layers` is fastnets.nn, or torch.nn for the twin."""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def cnn_rgb(layers) -> nn.Module:
+    """[B, 3, 32, 32] -> scores [B, 10]."""
+    return nn.Sequential(
+        layers.Conv2d(3, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        layers.Conv2d(32, 64, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(64 * 8 * 8, 128),
+        nn.ReLU(),
+        nn.Linear(128, 10),
+    )
+
+
+class CnnGray(nn.Module):
+    """[B, 1, 28, 28] -> log-probabilities [B, 10]."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.conv1 = layers.Conv2d(1, 32, 3)
+        self.conv2 = layers.Conv2d(32, 64, 3)
+        self.dropout1 = nn.Dropout2d(0.25)
+        self.fc1 = nn.Linear(9216, 128)
+        self.dropout2 = nn.Dropout(0.5)
+        self.fc2 = nn.Linear(128, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.relu(self.conv2(F.relu(self.conv1(images))))
+        x = self.dropout1(F.max_pool2d(x, 2))
+        x = self.dropout2(F.relu(self.fc1(x.flatten(1))))
+        return F.log_softmax(self.fc2(x), dim=1)
+
+
+def cnn_deep(layers) -> nn.Module:
+    """[B, 1, 28, 28] -> scores [B, 10]."""
+    return nn.Sequential(
+        layers.Conv2d(1, 32, 3),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        layers.Conv2d(32, 64, 3),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        layers.Conv2d(64, 64, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(576, 64),
+        nn.ReLU(),
+        nn.Linear(64, 10),
+    )
+
+
+def mlp(layers) -> nn.Module:
+    """[B, 1, 28, 28] -> scores [B, 10]. It has no layer of ours: its row shows what the rest of a network costs."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10))
+
+
+def perceptron(layers) -> nn.Module:
+    """[B, 10] -> a probability [B, 1], through five sigmoid units. It has no layer of ours."""
+    return nn.Sequential(nn.Linear(10, 5), nn.Sigmoid(), nn.Linear(5, 1), nn.Sigmoid())

@@ -200,7 +200,7 @@ _DOCUMENTED = {
             "pathlib",
         ),
         *("pickle", "random", "re", "shutil", "socket", "statistics", "string", "subprocess", "tarfile", "tempfile"),
-        *("textwrap", "threading", "typing", "unittest", "urllib.parse", "urllib.request", "zipfile"),
+        *("textwrap", "threading", "unittest", "urllib.parse", "urllib.request", "zipfile"),
     ),
     "NumPy": ("numpy", "numpy.fft", "numpy.linalg", "numpy.random", "numpy.polynomial.polynomial", "numpy.ma"),
     "PyTorch": ("torch", "torch.nn", "torch.nn.functional", "torch.linalg", "torch.optim", "torch.distributions"),

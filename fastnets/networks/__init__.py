@@ -176,7 +176,7 @@ NETWORKS: dict[str, Network] = {
             sequence.LstmText,
             "lines in Spanish or Portuguese (wordfreq)",
             data.lines,
-            *(BINARY_CROSS_ENTROPY, _ADAM, 0.001, 32, 3),
+            *(BINARY_CROSS_ENTROPY, _ADAM, 0.003, 32, 3),
         ),
         Network(
             "transformer",

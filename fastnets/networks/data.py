@@ -122,7 +122,7 @@ def words(each: int = 2500) -> Dataset:
 
 
 @functools.cache
-def lines(each: int = 3000) -> Dataset:
+def lines(each: int = 5000) -> Dataset:
     """Lines of one to six words, Spanish (0) or Portuguese (1), as letter trigrams [N, 100], padded on the left.
 
     Trigram ids go by frequency in the training lines; 0 pads and 1 stands for all rarer ones. Training and validation

@@ -35,9 +35,54 @@ struct SoftmaxBackward {
   double scale;
 };
 
+// The activations of an epilogue, in the order of fastnets.reference.conv.ACTIVATIONS.
+enum class Activation : int { kNone, kRelu, kGelu, kSilu, kSigmoid, kTanh };
+
+// A convolution y[N, G K, *out] of x[N, G C, *in] with weight[G K, C, *kernel], G groups; fewer than three spatial
+// dimensions are led by ones. x and y are contiguous, or have their channels innermost.
+struct ConvShape {
+  Dtype dtype;
+  bool channels_last;
+  int64_t batch, groups, in_channels, out_channels;                      // channels of one group: C, K
+  int64_t in[3], out[3], kernel[3], stride[3], padding[3], dilation[3];  // padding: before the first element
+  int64_t weight_strides[5];                                             // K, C, kernel, in elements
+};
+
+// Forwards x -> y, or backwards y -> x, with the epilogue activation(... + bias + residual).
+struct ConvGather {
+  ConvShape shape;
+  const void* source;    // x, or the gradient of y
+  const void* weight;    // through shape.weight_strides
+  const void* bias;      // [channels of the result], or null
+  const void* residual;  // laid out as the result, or null
+  void* result;          // y, or the gradient of x
+  void* kept;            // laid out as the result: the activation's input; or null
+  Activation activation;
+};
+
+struct ConvGradWeight {
+  ConvShape shape;
+  const void* grad;  // of y
+  const void* x;
+  void* grad_weight;  // through shape.weight_strides
+};
+
+struct ConvGradEpilogue {
+  Dtype dtype;
+  Activation activation;
+  const void* grad;   // [count]
+  const void* saved;  // [count]: the activation's input (gelu, silu), or its output
+  void* result;       // [count]
+  int64_t count;
+};
+
 // One row a kernel: its name and its parameters. Every instruction set implements all of them.
-#define FASTNETS_CPU_KERNELS(X)      \
-  X(softmax_forward, SoftmaxForward) \
+#define FASTNETS_CPU_KERNELS(X)           \
+  X(conv_forward, ConvGather)             \
+  X(conv_grad_input, ConvGather)          \
+  X(conv_grad_weight, ConvGradWeight)     \
+  X(conv_grad_epilogue, ConvGradEpilogue) \
+  X(softmax_forward, SoftmaxForward)      \
   X(softmax_backward, SoftmaxBackward)
 
 struct Kernels {

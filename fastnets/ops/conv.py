@@ -136,7 +136,7 @@ def conv_transpose(
         _transposed_size(n, k, s, p, d) + o
         for n, k, s, p, d, o in zip(x.shape[-dims:], weight.shape[2:], stride, padding, dilation, past, strict=True)
     )
-    if any(n < 1 for n in size):
+    if any(n < 0 for n in size):
         raise ShapeError(f"padding: expected one that leaves an output, got {padding}, which leaves size {size}")
     _expect_activation(activation)
     _expect_residual(residual, (*x.shape[: -dims - 1], weight.shape[1] * groups, *size))

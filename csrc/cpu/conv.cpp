@@ -1,0 +1,311 @@
+// Convolution forwards, and backwards to its input (with an epilogue, the transposed convolution): one gather.
+
+#include "conv.h"
+
+#include "activation.h"
+
+namespace fastnets::FASTNETS_ISA {
+namespace {
+
+constexpr int64_t kBlockPixels = 40 * kTileRows;
+
+// The gather of one phase: one set of taps.
+struct Phase {
+  const ConvGather& p;
+  Axis axes[3];
+  int64_t source_channels, channels;                   // of one group, of the source and of the result
+  int64_t source_stride, result_stride, group_stride;  // of the weight: its channels' and the groups'
+  const int64_t* result_sizes;
+  Strides source, result;
+
+  int64_t taps() const { return axes[0].taps * axes[1].taps * axes[2].taps; }
+  int64_t depth() const { return taps() * source_channels; }
+  int64_t positions() const { return axes[0].count * axes[1].count * axes[2].count; }
+};
+
+// sums[kRows][kVectors] = the operand rows, each a sequence of runs, times the panel.
+template <class T, int kRows, int kVectors>
+void tile_of(const T* const* rows, const Run* runs, int64_t count, const T* panel, T* sums) {
+  constexpr int lanes = kLanes<T>;
+  Vec<T> sum[kRows][kVectors] = {};
+  for (const Run* run = runs; run < runs + count; ++run) {
+    for (int64_t p = run->offset, end = p + run->length; p < end; ++p, panel += kVectors * lanes) {
+      Vec<T> right[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        right[v] = load(panel + v * lanes);
+        asm("" : "+v"(right[v]));  // stays in a register: g++ would load it again for every row
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        const Vec<T> left = broadcast<T>(rows[r][p]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sum[r][v] = fma<T>(left, right[v], sum[r][v]);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) store(sums + (r * kVectors + v) * lanes, sum[r][v]);
+  }
+}
+
+// rows is even, or the tile's full height.
+template <class T, int kVectors>
+void tile(int rows, const T* const* row, const Run* runs, int64_t count, const T* panel, T* sums) {
+  switch (rows) {
+#define FASTNETS_TILE(n) \
+  case n: return tile_of<T, n, kVectors>(row, runs, count, panel, sums);
+    FASTNETS_TILE(2)
+    FASTNETS_TILE(4)
+#if FASTNETS_VECTOR_BYTES >= 32
+    FASTNETS_TILE(6)
+#endif
+#if FASTNETS_VECTOR_BYTES >= 64
+    FASTNETS_TILE(8)
+    FASTNETS_TILE(10)
+    FASTNETS_TILE(12)
+#endif
+#undef FASTNETS_TILE
+  }
+  __builtin_trap();
+}
+
+// Packs the phase's taps of one group's weight, [panel][tap][source channel][column].
+template <class T, class S>
+void pack_weight(const Phase& phase, const S* weight, T* packed) {
+  const int64_t panels = panel_count<T>(phase.channels), inner = phase.source_channels;
+  const int64_t* strides = phase.p.shape.weight_strides + 2;
+  parallel(panels, kGrain / (phase.depth() * kTileCols<T> + 1) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t panel = begin; panel < end; ++panel) {
+      const int64_t first = panel * kTileCols<T>;
+      const int vectors = panel_vectors<T>(phase.channels, first);
+      const int columns = static_cast<int>(at_most(vectors * kLanes<T>, phase.channels - first));
+      T* to = packed + first * phase.depth();
+      for (int64_t d = 0; d < phase.axes[0].taps; ++d) {
+        for (int64_t h = 0; h < phase.axes[1].taps; ++h) {
+          for (int64_t w = 0; w < phase.axes[2].taps; ++w, to += inner * vectors * kLanes<T>) {
+            const int64_t at[3] = {d, h, w};
+            const S* from = weight + first * phase.result_stride;
+            for (int i = 0; i < 3; ++i) {
+              from += (phase.axes[i].tap + at[i] * phase.axes[i].tap_step) * strides[i];
+            }
+            if (vectors == kTileVectors) {
+              pack_panel<T, kTileCols<T>>(from, phase.result_stride, phase.source_stride, columns, inner, to);
+            } else {
+              pack_panel<T, kLanes<T>>(from, phase.result_stride, phase.source_stride, columns, inner, to);
+            }
+          }
+        }
+      }
+    }
+  });
+}
+
+// Writes sums[pixels of the block][vectors * lanes] to the result's channels from `first`, through the epilogue.
+template <class T, class S>
+struct Finish {
+  const Phase& phase;
+  const Block& block;
+  int64_t image;    // offset of the image and group in the result
+  int64_t channel;  // of the result, all groups counted: for the bias
+
+  template <class Body>
+  void rows(const Body& body) const {  // body(first pixel, offset in the result)
+    const Axis* axes = phase.axes;
+    int64_t q = 0;
+    for (int64_t d = 0; d < block.axes[0].count; ++d) {
+      for (int64_t h = 0; h < block.axes[1].count; ++h, q += block.axes[2].count) {
+        body(q, image + (axes[0].first + (block.axes[0].begin + d) * axes[0].step) * phase.result.at[0] +
+                    (axes[1].first + (block.axes[1].begin + h) * axes[1].step) * phase.result.at[1] +
+                    (axes[2].first + block.axes[2].begin * axes[2].step) * phase.result.at[2]);
+      }
+    }
+  }
+
+  void channels_last(int64_t first, int vectors, const T* sums) const {
+    const ConvGather& p = phase.p;
+    const int64_t step = phase.axes[2].step * phase.result.at[2];
+    const int columns = static_cast<int>(at_most(vectors * kLanes<T>, phase.channels - first));
+    for (int v = 0; v * kLanes<T> < columns; ++v) {
+      const int64_t c = first + v * kLanes<T>;
+      const int n = static_cast<int>(at_most(kLanes<T>, phase.channels - c));
+      const Vec<T> bias = p.bias ? load_partial(static_cast<const S*>(p.bias) + channel + c, n) : Vec<T>{};
+      rows([&](int64_t q, int64_t to) {
+        for (int64_t i = 0; i < block.axes[2].count; ++i) {
+          write(load(sums + ((q + i) * vectors + v) * kLanes<T>) + bias, to + i * step + c, n);
+        }
+      });
+    }
+  }
+
+  FASTNETS_INLINE void write(Vec<T> value, int64_t at, int n) const {
+    const ConvGather& p = phase.p;
+    S* to = static_cast<S*>(p.result) + at;
+    if (n == kLanes<T>) {
+      if (p.residual) value += load(static_cast<const S*>(p.residual) + at);
+      if (p.kept) store(static_cast<S*>(p.kept) + at, value);
+      store(to, activate<T>(p.activation, value));
+    } else {
+      if (p.residual) value += load_partial(static_cast<const S*>(p.residual) + at, n);
+      if (p.kept) store_partial<S>(static_cast<S*>(p.kept) + at, value, n);
+      store_partial<S>(to, activate<T>(p.activation, value), n);
+    }
+  }
+
+  // The channels' planes: the epilogue runs on the sums in place, then they are written transposed.
+  void planes(int64_t first, int vectors, T* sums) const {
+    const ConvGather& p = phase.p;
+    const int64_t columns = at_most(vectors * kLanes<T>, phase.channels - first), row = vectors * kLanes<T>;
+    const int64_t pixels = block.pixels(), plane = phase.result.channel;
+    if (p.residual) add_residual(static_cast<const S*>(p.residual) + first * plane, columns, row, sums);
+    for (int v = 0; v * kLanes<T> < columns; ++v) {
+      const int64_t c = first + v * kLanes<T>;
+      const int n = static_cast<int>(at_most(kLanes<T>, phase.channels - c));
+      const Vec<T> bias = p.bias ? load_partial(static_cast<const S*>(p.bias) + channel + c, n) : Vec<T>{};
+      for (T* at = sums + v * kLanes<T>; at < sums + pixels * row; at += row) store(at, load(at) + bias);
+    }
+    if (p.kept) write_planes(sums, columns, row, static_cast<S*>(p.kept) + first * plane);
+    if (p.activation != Activation::kNone) {
+      for (T* at = sums; at < sums + pixels * row; at += kLanes<T>) store(at, activate<T>(p.activation, load(at)));
+    }
+    write_planes(sums, columns, row, static_cast<S*>(p.result) + first * plane);
+  }
+
+  void write_planes(const T* sums, int64_t columns, int64_t row, S* to) const {
+    const int64_t plane = phase.result.channel, step = phase.axes[2].step * phase.result.at[2];
+    const int64_t count = block.axes[2].count;
+    rows([&](int64_t q, int64_t at) {
+      int64_t i = 0;
+      if constexpr (std::is_same_v<S, T>) {
+        if (step == 1) {
+          for (; i + 4 <= count; i += 4) pack_quad<T>(sums + (q + i) * row, row, columns, to + at + i, plane);
+        }
+      }
+      for (; i < count; ++i) {
+        for (int64_t c = 0; c < columns; ++c) to[at + i * step + c * plane] = from_float<S>(sums[(q + i) * row + c]);
+      }
+    });
+  }
+
+  void add_residual(const S* from, int64_t columns, int64_t row, T* sums) const {
+    const int64_t plane = phase.result.channel, step = phase.axes[2].step * phase.result.at[2];
+    rows([&](int64_t q, int64_t at) {
+      for (int64_t i = 0; i < block.axes[2].count; ++i) {
+        for (int64_t c = 0; c < columns; ++c) sums[(q + i) * row + c] += to_float(from[at + i * step + c * plane]);
+      }
+    });
+  }
+};
+
+// One block: stages it, then panel after panel of the weight, tile after tile.
+template <class T, class S>
+void compute(const Phase& phase, const Block& block, int64_t image, int64_t group, const T* packed, int64_t panel_begin,
+             int64_t panel_end) {
+  const ConvGather& p = phase.p;
+  const ConvShape& shape = p.shape;
+  const int64_t pixels = block.pixels(), depth = phase.depth();
+  const int64_t source_pixels = phase.axes[0].extent * phase.axes[1].extent * phase.axes[2].extent;
+  const int64_t result_pixels = phase.result_sizes[0] * phase.result_sizes[1] * phase.result_sizes[2];
+  const S* source = static_cast<const S*>(p.source) + image * shape.groups * phase.source_channels * source_pixels +
+                    group * phase.source_channels * phase.source.channel;
+  T* staged = static_cast<T*>(scratch(kStageSlot, (block.elements() + 1) * sizeof(T)));
+  if (depth > 0) stage(source, phase.source, phase.axes, block, staged);
+  Run* runs = static_cast<Run*>(scratch(kRunSlot, (phase.taps() + 1) * sizeof(Run)));
+  const int64_t count = runs_of(block, phase.axes, runs);
+  // Tiles of the same height, an even one; past the last pixel they repeat it.
+  const int64_t tiles = (pixels + kTileRows - 1) / kTileRows;
+  const int rows = static_cast<int>(round_up((pixels + tiles - 1) / tiles, 2));
+  T* sums = static_cast<T*>(scratch(kSumSlot, tiles * rows * kTileCols<T> * sizeof(T)));
+  const Finish<T, S> finish{
+      phase, block,
+      image * shape.groups * phase.channels * result_pixels + group * phase.channels * phase.result.channel,
+      group * phase.channels};
+  for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+    const int64_t first = panel * kTileCols<T>;
+    const int vectors = panel_vectors<T>(phase.channels, first);
+    const T* weight = packed + first * depth;
+    for (int64_t q = 0; q < pixels; q += rows) {
+      const T* row[kTileRows];
+      for (int r = 0; r < rows; ++r) row[r] = staged + block.row(at_most(q + r, pixels - 1));
+      T* to = sums + q * vectors * kLanes<T>;
+      if (vectors == kTileVectors) {
+        tile<T, kTileVectors>(rows, row, runs, count, weight, to);
+      } else {
+        tile<T, 1>(rows, row, runs, count, weight, to);
+      }
+    }
+    if (shape.channels_last) {
+      finish.channels_last(first, vectors, sums);
+    } else {
+      finish.planes(first, vectors, sums);
+    }
+  }
+}
+
+template <class T, class S>
+void gather(const Phase& phase) {
+  const ConvShape& shape = phase.p.shape;
+  if (phase.positions() == 0) return;
+  const int64_t panels = panel_count<T>(phase.channels);
+  const int64_t packed_size = panels * kTileCols<T> * phase.depth();
+  T* packed = static_cast<T*>(scratch(kWeightSlot, (shape.groups * packed_size + 1) * sizeof(T)));
+  for (int64_t g = 0; g < shape.groups; ++g) {
+    pack_weight<T>(phase, static_cast<const S*>(phase.p.weight) + g * phase.group_stride, packed + g * packed_size);
+  }
+  const Cut cut = choose_cut<T>(phase.axes, phase.source_channels, shape.batch * shape.groups, kBlockPixels);
+  const int64_t blocks = shape.batch * shape.groups * cut.count();
+  // Few blocks: the panels are shared out too, at the price of staging a block more than once.
+  int64_t shares = 1;
+  while (blocks * shares < thread_count() && shares < panels) ++shares;
+  const int64_t work = cut.size[0] * cut.size[1] * cut.size[2] * (phase.depth() + 1) * phase.channels / shares + 1;
+  parallel(blocks * shares, kGrain / work + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t share = i % shares, piece = i / shares % cut.count(), outer = i / shares / cut.count();
+      const int64_t image = outer / shape.groups, group = outer % shape.groups;
+      compute<T, S>(phase, cut.block(piece), image, group, packed + group * packed_size, panels * share / shares,
+                    panels * (share + 1) / shares);
+    }
+  });
+}
+
+}  // namespace
+
+void conv_forward(const ConvGather& p) {
+  const ConvShape& s = p.shape;
+  Phase phase{p,
+              {forward_axis(s, 0), forward_axis(s, 1), forward_axis(s, 2)},
+              s.in_channels,
+              s.out_channels,
+              s.weight_strides[1],
+              s.weight_strides[0],
+              s.out_channels * s.weight_strides[0],
+              s.out,
+              strides_of(s.channels_last, s.groups * s.in_channels, s.in),
+              strides_of(s.channels_last, s.groups * s.out_channels, s.out)};
+  with_storage(s.dtype, [&](auto kind) { gather<Compute<decltype(kind)>, decltype(kind)>(phase); });
+}
+
+void conv_grad_input(const ConvGather& p) {
+  const ConvShape& s = p.shape;
+  for (int64_t d = 0; d < at_most(s.stride[0], s.in[0]); ++d) {
+    for (int64_t h = 0; h < at_most(s.stride[1], s.in[1]); ++h) {
+      for (int64_t w = 0; w < at_most(s.stride[2], s.in[2]); ++w) {
+        Phase phase{p,
+                    {grad_input_axis(s, 0, d), grad_input_axis(s, 1, h), grad_input_axis(s, 2, w)},
+                    s.out_channels,
+                    s.in_channels,
+                    s.weight_strides[0],
+                    s.weight_strides[1],
+                    s.out_channels * s.weight_strides[0],
+                    s.in,
+                    strides_of(s.channels_last, s.groups * s.out_channels, s.out),
+                    strides_of(s.channels_last, s.groups * s.in_channels, s.in)};
+        with_storage(s.dtype, [&](auto kind) { gather<Compute<decltype(kind)>, decltype(kind)>(phase); });
+      }
+    }
+  }
+}
+
+}  // namespace fastnets::FASTNETS_ISA

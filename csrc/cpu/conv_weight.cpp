@@ -1,0 +1,214 @@
+// Convolution backwards to its weight: for every tap and channel of the staged x, the products with the gradient of y
+// summed over pixels, a tile of elements by output channels at a time. Each piece of the work sums into a buffer of its
+// own, packed as the weight is forwards; the buffers are added in their order, so the result depends on the number of
+// threads at most, never on their timing.
+
+#include "conv.h"
+
+namespace fastnets::FASTNETS_ISA {
+namespace {
+
+constexpr int64_t kBlockPixels = 16 * kTileRows;  // fewer than forwards: a panel of the gradient stays near
+constexpr int64_t kBufferBytes = 64 << 20;        // for the sums of pieces that share outputs
+
+struct Problem {
+  const ConvGradWeight& p;
+  Axis axes[3];
+  Strides x, grad;
+  Cut cut;
+  int64_t taps, depth;  // of the operand rows: taps * channels
+  int64_t chunks;       // the blocks are divided into
+  int64_t shares;       // a group's panels are divided into
+
+  int64_t blocks() const { return p.shape.batch * cut.count(); }
+};
+
+// to[kRows][kVectors] += over h x w pixels, the elements a[0 .. kRows) times the gradient b[pixel][kVectors].
+template <class T, int kRows, int kVectors>
+void tile_of(int64_t height, int64_t width, const T* a, int64_t a_h, int64_t a_w, const T* b, int rows, T* to) {
+  constexpr int lanes = kLanes<T>;
+  Vec<T> sum[kRows][kVectors] = {};
+  for (int64_t h = 0; h < height; ++h, a += a_h) {
+    const T* at = a;
+    for (int64_t w = 0; w < width; ++w, at += a_w, b += kVectors * lanes) {
+      Vec<T> right[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        right[v] = load(b + v * lanes);
+        asm("" : "+v"(right[v]));  // stays in a register
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        const Vec<T> left = broadcast<T>(at[r]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sum[r][v] = fma<T>(left, right[v], sum[r][v]);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+    if (r >= rows) break;
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      T* at = to + (r * kVectors + v) * lanes;
+      store(at, load(at) + sum[r][v]);
+    }
+  }
+}
+
+template <class T, int kVectors>
+void tile(int rows, int64_t height, int64_t width, const T* a, int64_t a_h, int64_t a_w, const T* b, T* to) {
+  switch ((rows + 1) / 2 * 2) {  // elements past `rows` are read (the stage is longer) and dropped
+#define FASTNETS_TILE(n) \
+  case n: return tile_of<T, n, kVectors>(height, width, a, a_h, a_w, b, rows, to);
+    FASTNETS_TILE(2)
+    FASTNETS_TILE(4)
+#if FASTNETS_VECTOR_BYTES >= 32
+    FASTNETS_TILE(6)
+#endif
+#if FASTNETS_VECTOR_BYTES >= 64
+    FASTNETS_TILE(8)
+    FASTNETS_TILE(10)
+    FASTNETS_TILE(12)
+#endif
+#undef FASTNETS_TILE
+  }
+  __builtin_trap();
+}
+
+// Stages one panel of a block's gradient, [pixel][kVectors * lanes].
+template <class T, int kVectors, class S>
+void stage_grad(const S* grad, const Strides& strides, const Block& block, int columns, T* to) {
+  constexpr int width = kVectors * kLanes<T>;
+  const StagedAxis* axes = block.axes;
+  for (int64_t h = 0; h < axes[1].count; ++h, to += axes[2].count * width) {
+    const S* row =
+        grad + axes[0].begin * strides.at[0] + (axes[1].begin + h) * strides.at[1] + axes[2].begin * strides.at[2];
+    pack_panel<T, width>(row, strides.channel, strides.at[2], columns, axes[2].count, to);
+  }
+}
+
+// Adds one block's products to sums [panels of the share][depth][columns].
+template <class T, class S>
+void accumulate(const Problem& problem, int64_t image, const Block& block, int64_t group, int64_t panel_begin,
+                int64_t panel_end, T* sums) {
+  const ConvShape& s = problem.p.shape;
+  const int64_t height = block.axes[1].count, width = block.axes[2].count;
+  const int64_t in_pixels = s.in[0] * s.in[1] * s.in[2], out_pixels = s.out[0] * s.out[1] * s.out[2];
+  T* staged = static_cast<T*>(scratch(kStageSlot, (block.elements() + kTileRows) * sizeof(T)));
+  stage(static_cast<const S*>(problem.p.x) + image * s.groups * s.in_channels * in_pixels +
+            group * s.in_channels * problem.x.channel,
+        problem.x, problem.axes, block, staged);
+  Run* runs = static_cast<Run*>(scratch(kRunSlot, (problem.taps + 1) * sizeof(Run)));
+  const int64_t count = runs_of(block, problem.axes, runs);
+  const int64_t a_h = block.axes[1].pull * block.stride(1), a_w = block.axes[2].pull * block.stride(2);
+  T* staged_grad = static_cast<T*>(scratch(kGradSlot, block.pixels() * kTileCols<T> * sizeof(T)));
+  const S* grad = static_cast<const S*>(problem.p.grad) + image * s.groups * s.out_channels * out_pixels +
+                  group * s.out_channels * problem.grad.channel;
+  for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+    const int64_t first = panel * kTileCols<T>;
+    const int vectors = panel_vectors<T>(s.out_channels, first);
+    const int columns = static_cast<int>(at_most(vectors * kLanes<T>, s.out_channels - first));
+    if (vectors == kTileVectors) {
+      stage_grad<T, kTileVectors>(grad + first * problem.grad.channel, problem.grad, block, columns, staged_grad);
+    } else {
+      stage_grad<T, 1>(grad + first * problem.grad.channel, problem.grad, block, columns, staged_grad);
+    }
+    T* to = sums + (panel - panel_begin) * kTileCols<T> * problem.depth;
+    for (const Run* run = runs; run < runs + count; ++run) {
+      for (int64_t e = 0; e < run->length; e += kTileRows) {
+        const int rows = static_cast<int>(at_most(kTileRows, run->length - e));
+        const T* a = staged + run->offset + e;
+        if (vectors == kTileVectors) {
+          tile<T, kTileVectors>(rows, height, width, a, a_h, a_w, staged_grad, to);
+        } else {
+          tile<T, 1>(rows, height, width, a, a_h, a_w, staged_grad, to);
+        }
+        to += rows * vectors * kLanes<T>;
+      }
+    }
+  }
+}
+
+// The chunks' sums added, written through the weight's strides.
+template <class T, class S>
+void write(const Problem& problem, int64_t group, int64_t panel, const T* sums, int64_t chunk_size) {
+  const ConvShape& s = problem.p.shape;
+  const int64_t first = panel * kTileCols<T>, *strides = s.weight_strides;
+  const int64_t width = panel_vectors<T>(s.out_channels, first) * kLanes<T>;
+  const int64_t columns = at_most(width, s.out_channels - first);
+  S* group_to = static_cast<S*>(problem.p.grad_weight) + (group * s.out_channels + first) * strides[0];
+  for (int64_t tap = 0; tap < problem.taps; ++tap) {
+    S* to = group_to + tap % s.kernel[2] * strides[4] + tap / s.kernel[2] % s.kernel[1] * strides[3] +
+            tap / s.kernel[2] / s.kernel[1] * strides[2];
+    for (int64_t c = 0; c < s.in_channels; ++c, sums += width) {
+      T total[kTileCols<T>];
+      for (int64_t k = 0; k < columns; ++k) total[k] = sums[k];
+      for (int64_t chunk = 1; chunk < problem.chunks; ++chunk) {
+        for (int64_t k = 0; k < columns; ++k) total[k] += sums[chunk * chunk_size + k];
+      }
+      for (int64_t k = 0; k < columns; ++k) to[c * strides[1] + k * strides[0]] = from_float<S>(total[k]);
+    }
+  }
+}
+
+template <class T, class S>
+void grad_weight(Problem& problem) {
+  const ConvShape& s = problem.p.shape;
+  const int64_t panels = panel_count<T>(s.out_channels), threads = thread_count();
+  const int64_t group_size = panels * kTileCols<T> * problem.depth, size = s.groups * group_size;
+  const bool empty = s.batch * s.out[0] * s.out[1] * s.out[2] == 0;
+  if (!empty) problem.cut = choose_cut<T>(problem.axes, s.in_channels, s.batch * s.groups, kBlockPixels);
+  // Enough pieces for the threads: by panels where there are many, else by blocks, as far as memory for sums goes.
+  problem.chunks = problem.shares = 1;
+  if (!empty && s.groups < threads) {
+    if (panels >= 4 * threads) {
+      problem.shares = threads;
+    } else {
+      const int64_t buffers = kBufferBytes / (size * static_cast<int64_t>(sizeof(T))) + 1;
+      problem.chunks = at_most((threads + s.groups - 1) / s.groups, at_most(problem.blocks(), buffers));
+      problem.shares = at_most(panels, (threads - 1) / (s.groups * problem.chunks) + 1);
+    }
+  }
+  T* sums = static_cast<T*>(scratch(kWeightSlot, problem.chunks * size * sizeof(T)));
+  const int64_t pieces = problem.chunks * s.groups * problem.shares, blocks = empty ? 0 : problem.blocks();
+  const int64_t work = (empty ? 0 : blocks * problem.cut.size[1] * problem.cut.size[2]) * group_size / pieces + 1;
+  parallel(pieces, kGrain / work + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t share = i % problem.shares, group = i / problem.shares % s.groups;
+      const int64_t chunk = i / problem.shares / s.groups;
+      const int64_t first = panels * share / problem.shares, past = panels * (share + 1) / problem.shares;
+      T* to = sums + chunk * size + group * group_size + first * kTileCols<T> * problem.depth;
+      std::memset(to, 0, static_cast<size_t>((past - first) * kTileCols<T> * problem.depth) * sizeof(T));
+      for (int64_t b = blocks * chunk / problem.chunks; b < blocks * (chunk + 1) / problem.chunks; ++b) {
+        const int64_t image = b / problem.cut.count(), index = b % problem.cut.count();
+        accumulate<T, S>(problem, image, problem.cut.block(index), group, first, past, to);
+      }
+    }
+  });
+  const int64_t share = problem.chunks * kTileCols<T> * problem.depth;  // elements that one panel's end reads
+  parallel(s.groups * panels, kGrain / share + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t group = i / panels, panel = i % panels;
+      write<T, S>(problem, group, panel, sums + group * group_size + panel * kTileCols<T> * problem.depth, size);
+    }
+  });
+}
+
+}  // namespace
+
+void conv_grad_weight(const ConvGradWeight& p) {
+  const ConvShape& s = p.shape;
+  Problem problem{p,
+                  {forward_axis(s, 0), forward_axis(s, 1), forward_axis(s, 2)},
+                  strides_of(s.channels_last, s.groups * s.in_channels, s.in),
+                  strides_of(s.channels_last, s.groups * s.out_channels, s.out),
+                  {},
+                  s.kernel[0] * s.kernel[1] * s.kernel[2],
+                  s.kernel[0] * s.kernel[1] * s.kernel[2] * s.in_channels,
+                  1,
+                  1};
+  with_storage(s.dtype, [&](auto kind) { grad_weight<Compute<decltype(kind)>, decltype(kind)>(problem); });
+}
+
+}  // namespace fastnets::FASTNETS_ISA

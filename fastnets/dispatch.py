@@ -14,7 +14,7 @@ import torch
 
 from . import _library
 
-__all__ = ["BACKENDS", "Case", "Implementation", "Unsupported", "backend", "select", "why_missing"]
+__all__ = ["BACKENDS", "Case", "Implementation", "Unsupported", "backend", "recording", "select", "why_missing"]
 
 BACKENDS = ("reference", "cpu", "cuda", "triton", "simt")
 FAMILIES = ("conv", "recurrent", "attention", "softmax")
@@ -96,11 +96,13 @@ def why_missing(name: str) -> str | None:
     return _NOT_BUILT.get(name)
 
 
-class _Forced(threading.local):
-    name: str | None = None
+class _Thread(threading.local):
+    def __init__(self) -> None:  # on the instance: torch.compile's guards would not see a class attribute shadowed
+        self.forced: str | None = None
+        self.recorders: tuple[Callable[[Case, Implementation, dict[str, str]], None], ...] = ()
 
 
-_forced = _Forced()
+_thread = _Thread()
 
 
 def _check_name(name: str) -> str:
@@ -128,24 +130,35 @@ def backend(name: str | None) -> Iterator[None]:
     """
     if name is not None:
         _check_name(name)
-    former, _forced.name = _forced.name, name
+    former, _thread.forced = _thread.forced, name
     try:
         yield
     finally:
-        _forced.name = former
+        _thread.forced = former
 
 
-_recorders: list[Callable[[Case, Implementation, dict[str, str]], None]] = []
+@contextlib.contextmanager
+def recording(record: Callable[[Case, Implementation, dict[str, str]], None]) -> Iterator[None]:
+    """Within this context every choice of this thread is told to `record`.
+
+    Args:
+        record: called with the case, the implementation chosen, and the objections of the backends asked before it.
+    """
+    former, _thread.recorders = _thread.recorders, (*_thread.recorders, record)
+    try:
+        yield
+    finally:
+        _thread.recorders = former
 
 
 def select(case: Case) -> Implementation:
     """The implementation that runs `case`: the forced backend's, else the first in order without an objection."""
-    forced = _forced.name or _default
+    forced = _thread.forced or _default
     if forced is not None:
         chosen, objections = _forced_choice(case, forced), {}
     else:
         chosen, objections = _first_willing(case)
-    for record in _recorders:
+    for record in _thread.recorders:
         record(case, chosen, objections)
     return chosen
 

@@ -1,8 +1,16 @@
 """Drop-in modules: subclasses of torch.nn's that override the forward path and nothing else."""
 
+from .attention import MultiheadAttention
 from .conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from .recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from .softmax import Softmax
+from .transformer import (
+    Transformer,
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+)
 
 __all__ = [
     "GRU",
@@ -16,6 +24,12 @@ __all__ = [
     "ConvTranspose3d",
     "GRUCell",
     "LSTMCell",
+    "MultiheadAttention",
     "RNNCell",
     "Softmax",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
 ]

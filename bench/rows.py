@@ -3,6 +3,7 @@
 FLOPs are counted as docs/benchmarks.md says.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnets import dispatch, testing
+from fastnets import dispatch, nn, testing
+from fastnets.networks import NETWORKS, Network
 
-__all__ = ["MODES", "OURS", "THEIRS", "Row", "operator_rows"]
+__all__ = ["MODES", "NETWORK", "OURS", "THEIRS", "Row", "network_rows", "operator_rows"]
 
 OURS, THEIRS = "fastnets", "torch"
 MODES = ("forward", "training")
+NETWORK = "network"
+"""The networks' family."""
+GENERATED = 32
+"""Characters that the row of a language model's generation asks for."""
 
 Calls = dict[str, Callable[[], Any]]
 
@@ -61,11 +67,40 @@ def operator_rows(cases: Iterable[testing.Case]) -> list[Row]:
     ]
 
 
+def network_rows(names: Iterable[str] = NETWORKS) -> list[Row]:
+    """Inference and a training step of every network, on a batch of its data, beside its torch.nn twin."""
+    rows = []
+    for network in (NETWORKS[name] for name in names):
+        calls = {"forward": _inference, "training": _training_step}
+        rows += [
+            Row(
+                family=NETWORK,
+                name=network.name,
+                dtype=torch.float32,
+                mode=mode,
+                prepare=lambda network=network, calls=calls[mode]: _network_calls(network, calls),
+                items=network.batch_size,
+            )
+            for mode in MODES
+        ]
+        if hasattr(network.factory, "generate"):
+            rows.append(
+                Row(
+                    family=NETWORK,
+                    name=f"{network.name} generating {GENERATED}",
+                    dtype=torch.float32,
+                    mode="forward",
+                    prepare=lambda network=network: _network_calls(network, _generation),
+                )
+            )
+    return rows
+
+
 def _operator_calls(case: testing.Case, dtype: torch.dtype, mode: str) -> Calls:
     inputs = testing.cast(case.inputs(torch.Generator().manual_seed(0)), dtype)
     rivals = {OURS: case.function, THEIRS: case.peer or _on_reference(case.function)}
     if mode == "forward":
-        return {name: _forward(function, inputs) for name, function in rivals.items()}
+        return {name: _forward(functools.partial(function, **inputs)) for name, function in rivals.items()}
     for name, tensor in inputs.items():
         if tensor is not None and tensor.is_floating_point() and name not in case.constant:
             tensor.requires_grad_()
@@ -82,10 +117,10 @@ def _on_reference(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _forward(function: Callable[..., Any], inputs: dict[str, Tensor | None]) -> Callable[[], Any]:
+def _forward(function: Callable[[], Any]) -> Callable[[], Any]:
     def call():
         with torch.no_grad():
-            return function(**inputs)
+            return function()
 
     return call
 
@@ -105,3 +140,39 @@ def _training(function: Callable[..., Any], inputs: dict[str, Tensor | None]) ->
 
 def _differentiable(value: Any) -> list[Tensor]:
     return [out for out in testing.flatten(value) if out.requires_grad]
+
+
+def _network_calls(network: Network, call: Callable[..., Callable[[], Any]]) -> Calls:
+    """Both rivals from the same seed, on the same batch of the network's data.
+
+    Raises:
+        MissingPackageError: the network or its data needs a package that is not installed.
+    """
+    batch = network.dataset().train.pick(torch.arange(network.batch_size))
+    calls = {}
+    for name, layers in ((OURS, nn), (THEIRS, torch.nn)):
+        torch.manual_seed(0)
+        calls[name] = call(network, network.build(layers), batch)
+    return calls
+
+
+def _inference(network: Network, model: torch.nn.Module, batch) -> Callable[[], Any]:
+    return _forward(functools.partial(model.eval(), *batch.inputs))
+
+
+def _training_step(network: Network, model: torch.nn.Module, batch) -> Callable[[], Any]:
+    optimiser = network.optimiser(model.train().parameters(), lr=network.learning_rate)
+    count = network.objective.count(batch.target)
+
+    def call():
+        optimiser.zero_grad()
+        (network.objective.loss(model(*batch.inputs), batch.target) / count).backward()
+        optimiser.step()
+
+    return call
+
+
+def _generation(network: Network, model: torch.nn.Module, batch) -> Callable[[], Any]:
+    """A language model goes on from a prompt of 64, one sequence, keys and values kept."""
+    prompt = batch.inputs[0][:1, :64]
+    return lambda: model.eval().generate(prompt, GENERATED)

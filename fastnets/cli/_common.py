@@ -56,11 +56,6 @@ def add_selection(parser: argparse.ArgumentParser, families: tuple[str, ...] = t
     )
 
 
-def selected_cases(args: argparse.Namespace) -> list[testing.Case]:
-    """The operator table's cases by --op and --match."""
-    return [case for case in testing.operator_table(*(args.op or ())) if (args.match or "") in case.name]
-
-
-def selected_dtypes(args: argparse.Namespace, dtypes: tuple[torch.dtype, ...]) -> list[torch.dtype]:
-    """Those of `dtypes` that --dtype leaves."""
-    return [dtype for dtype in dtypes if not args.dtype or dtype_name(dtype) in args.dtype]
+def selects(args: argparse.Namespace, name: str, dtype: torch.dtype) -> bool:
+    """Whether --match and --dtype leave a row."""
+    return (args.match or "") in name and (not args.dtype or dtype_name(dtype) in args.dtype)

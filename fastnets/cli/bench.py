@@ -5,16 +5,21 @@ import importlib.util
 import json
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from .. import testing
 from ..bench import environment, measure, report
-from ..bench.rows import Row, operator_rows
+from ..bench.rows import NETWORK, Row, network_rows, operator_rows
+from ..networks import MissingPackageError
 from . import INTERRUPTED, UsageError, verify
-from ._common import add_selection, console, dtype_name, output_file, selected_cases, write
+from ._common import add_selection, console, output_file, selects, write
+
+FAMILIES = (*testing.FAMILIES, NETWORK)
 
 _SECONDS, _QUICK_SECONDS = 100, 25
 _LEAST = 0.1
@@ -26,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Both sides run in turns in one process, on the same inputs, threads and allocator settings. `verify --quick` "
         "comes first: nothing wrong is measured. Only what ran on this machine is printed."
     )
-    add_selection(parser)
+    add_selection(parser, FAMILIES)
     parser.add_argument("--threads", type=_positive, metavar="N", help="threads for both sides (default: torch's own)")
     parser.add_argument(
         "--seconds", type=_positive, metavar="S", help=f"time to measure for, all rows together (default {_SECONDS})"
@@ -35,13 +40,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--skip-verify", action="store_true", help="do not check first; the report says so")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write figures and environment to FILE")
     parser.add_argument("--csv", type=output_file, metavar="FILE", help="write one line a row to FILE")
-    parser.add_argument("--plot", type=output_file, metavar="FILE", help="draw the speed-ups (.png, .svg, .pdf)")
+    parser.add_argument("--plot", type=_picture, metavar="FILE", help="draw the speed-ups (.png, .svg or .pdf)")
 
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
     return int(text)
+
+
+def _picture(name: str) -> Path:
+    if Path(name).suffix not in (".png", ".svg", ".pdf"):
+        raise argparse.ArgumentTypeError(f"expected a .png, .svg or .pdf file, got {name}")
+    return output_file(name)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -55,13 +66,16 @@ def run(args: argparse.Namespace) -> int:
         out.print("not benchmarked: the figures of a wrong result mean nothing")
         return 1
     found: list[report.Measurement] = []
+    left_out: dict[str, str] = {}
     setting = environment.record() | {"verified": not args.skip_verify}
     interrupted = False
+    seconds = args.seconds or (_QUICK_SECONDS if args.quick else _SECONDS)
     try:
-        for measurement in measured(rows, args.seconds or (_QUICK_SECONDS if args.quick else _SECONDS), progress):
+        for measurement in measured(rows, seconds, progress, left_out):
             found.append(measurement)
     except KeyboardInterrupt:
         interrupted = True
+    setting["left_out"] = left_out
     _print(found, setting, out)
     if interrupted:
         out.print("interrupted: these are the rows that were measured")
@@ -75,15 +89,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _rows(args: argparse.Namespace) -> list[Row]:
-    rows = [row for row in operator_rows(selected_cases(args)) if not args.dtype or dtype_name(row.dtype) in args.dtype]
+    asked = args.op or FAMILIES
+    families = [family for family in asked if family != NETWORK]
+    rows = operator_rows(testing.operator_table(*families)) if families else []
+    rows += network_rows() if NETWORK in asked else []
+    rows = [row for row in rows if selects(args, row.name, row.dtype)]
     if not rows:
         raise UsageError("no row of the benchmark is left by these options")
     return rows
 
 
 def _verified(args: argparse.Namespace, out: Console, progress: Console) -> bool:
-    """Runs `verify --quick` on the operators about to be measured; prints what failed."""
-    asked = argparse.Namespace(op=args.op, match=None, dtype=None, backend=None, quick=True)
+    """Runs `verify --quick` on the operators about to be measured (all, for a network); prints what failed."""
+    families = None if NETWORK in (args.op or FAMILIES) else args.op
+    asked = argparse.Namespace(op=families, match=None, dtype=None, backend=None, quick=True)
     results = list(verify.check_all(verify.rows(asked), progress))
     if any(result.status == "failed" for result in results):
         verify.print_results(results, out, verbose=False)
@@ -92,8 +111,13 @@ def _verified(args: argparse.Namespace, out: Console, progress: Console) -> bool
     return True
 
 
-def measured(rows: list[Row], seconds: float, progress_on: Console) -> Iterator[report.Measurement]:
-    """Measures row by row under a progress bar; the rows left share the time left."""
+def measured(
+    rows: list[Row], seconds: float, progress_on: Console, left_out: dict[str, str]
+) -> Iterator[report.Measurement]:
+    """Measures row by row under a progress bar; the rows left share the time left.
+
+    A network that needs a package that is not here goes into `left_out`, with the reason.
+    """
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     end = time.perf_counter() + seconds
     with measure.freed_memory_kept(), Progress(*columns, console=progress_on, transient=True) as progress:
@@ -101,7 +125,11 @@ def measured(rows: list[Row], seconds: float, progress_on: Console) -> Iterator[
         for i, row in enumerate(rows):
             progress.update(task, description=row.title)
             share = max(_LEAST, (end - time.perf_counter()) / (len(rows) - i))
-            calls = row.prepare()
+            try:
+                calls = row.prepare()
+            except MissingPackageError as error:
+                left_out[row.title] = str(error)
+                continue
             memory = {name: measure.peak_memory(call) for name, call in calls.items()}
             yield report.Measurement(row, measure.compare(calls, share), memory)
             progress.advance(task)
@@ -125,3 +153,5 @@ def _print(found: list[report.Measurement], setting: dict[str, Any], out: Consol
     out.print("times: median (20th-80th percentile); rates and peak memory of one call: fastnets / torch")
     out.print()
     out.print(report.totals(found))
+    for title, reason in setting["left_out"].items():
+        out.print(f"not measured: {title}: {reason}")

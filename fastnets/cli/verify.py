@@ -16,7 +16,7 @@ from rich.table import Table
 
 from .. import dispatch, testing
 from . import INTERRUPTED, UsageError
-from ._common import add_selection, console, dtype_name, output_file, selected_cases, selected_dtypes, write
+from ._common import add_selection, console, dtype_name, output_file, selects, write
 
 # What a broken operator may raise; anything else is a defect of this command and shows as one.
 _CASE_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -72,10 +72,11 @@ def rows(args: argparse.Namespace) -> list[Row]:
     backends = _backends(args.backend)
     found = [
         Row(case, dtype, backend)
-        for case in selected_cases(args)
+        for case in testing.operator_table(*(args.op or ()))
         if case.verify and (case.quick or not args.quick)
         for backend in backends
-        for dtype in selected_dtypes(args, case.dtypes)
+        for dtype in case.dtypes
+        if selects(args, case.name, dtype)
     ]
     if not found:
         raise UsageError("no case of the operator table is left by these options")

@@ -62,17 +62,19 @@ def compare(calls: Mapping[str, Call], seconds: float) -> dict[str, Timing]:
         calls: the rivals by name.
         seconds: how long to go on altogether; each rival gets at least three samples, whatever they take.
     """
-    repeats = {}
+    repeats: dict[str, int] = {}
+    samples: dict[str, list[float]] = {}
     for name, call in calls.items():
         call()
-        repeats[name] = max(1, math.ceil(_BLOCK / max(_repeat(call, 1), 1e-7)))
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+        once = _repeat(call, 1)
+        repeats[name] = max(1, math.ceil(_BLOCK / max(once, 1e-7)))
+        samples[name] = [once] if repeats[name] == 1 else []
     order = list(calls)
     collecting = gc.isenabled()
     gc.disable()
     try:
         end = time.perf_counter() + seconds
-        while len(samples[order[0]]) < _FEWEST or time.perf_counter() < end:
+        while min(map(len, samples.values())) < _FEWEST or time.perf_counter() < end:
             for name in order:
                 samples[name].append(_repeat(calls[name], repeats[name]) / repeats[name])
             order.reverse()  # a b, b a, a b: neither always follows the other
@@ -113,10 +115,9 @@ def _status(field: str) -> int:
 def peak_memory(call: Call) -> int | None:
     """Bytes by which a call raises the process's peak resident memory; None where the system does not tell.
 
-    The call is warm and the heap trimmed before, so inputs, and buffers that a library keeps between calls, do not
-    count. Good to about a quarter of a megabyte, the kernel's own precision.
+    The heap is trimmed before, and the call should have been made already: then neither inputs nor buffers that a
+    library keeps between calls count. Good to about a quarter of a megabyte, the kernel's own precision.
     """
-    call()
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

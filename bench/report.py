@@ -101,19 +101,17 @@ def as_csv(measurements: list[Measurement], environment: dict[str, Any]) -> str:
 def table(measurements: list[Measurement]) -> Table:
     """The rows: times in ms as p50 (p20-p80), the speed-up, and rates and peak memory as fastnets / torch."""
     shown = Table(box=None)
-    for column in ("family", "case", "dtype", "mode"):
+    for column in ("case", "dtype", "mode"):
         shown.add_column(column, overflow="fold")
     for column in ("fastnets ms", "torch ms", "speed-up", "rate", "peak MB"):
         shown.add_column(column, justify="right", no_wrap=True)
     family = None
     for m in measurements:
-        if family not in (None, m.row.family):
-            shown.add_section()
-            shown.add_row()
-        family = m.row.family
+        if family != m.row.family:
+            family = m.row.family
+            shown.add_row(family, style="bold")
         shown.add_row(
-            m.row.family,
-            m.row.name,
+            f"  {m.row.name}",
             str(m.row.dtype).removeprefix("torch."),
             m.row.mode,
             *(_milliseconds(m.timings[rival]) for rival in (OURS, THEIRS)),

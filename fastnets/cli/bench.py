@@ -130,8 +130,9 @@ def measured(
             except MissingPackageError as error:
                 left_out[row.title] = str(error)
                 continue
+            timings = measure.compare(calls, share)
             memory = {name: measure.peak_memory(call) for name, call in calls.items()}
-            yield report.Measurement(row, measure.compare(calls, share), memory)
+            yield report.Measurement(row, timings, memory)
             progress.advance(task)
 
 

@@ -4,10 +4,10 @@ import time
 
 import pytest
 import torch
-from fastnets.bench import measure, report
-from fastnets.bench.rows import OURS, THEIRS, Row, operator_rows
 
 from fastnets import testing
+from fastnets.bench import measure, report
+from fastnets.bench.rows import OURS, THEIRS, Row, operator_rows
 
 
 def _measurement(family: str, mode: str, ours: float, theirs: float, **row) -> report.Measurement:

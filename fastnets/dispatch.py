@@ -71,7 +71,7 @@ IMPLEMENTATIONS: dict[tuple[str, str], Implementation] = {
     **{
         (family, "cpu"): Implementation("cpu", _cpu_supports, torch.ops.fastnets)
         for family in FAMILIES
-        if family not in ("attention", "recurrent")
+        if family != "attention"
     },
 }
 

@@ -76,13 +76,52 @@ struct ConvGradEpilogue {
   int64_t count;
 };
 
+enum class Cell : int { kLstm, kGru, kRnnTanh, kRnnRelu };  // the order of fastnets.reference.recurrent.CELLS
+
+// One recurrent layer in one direction: T steps, B rows, I inputs, H hidden units, P outputs (H without projection), G
+// gates. Gates are kept in columns: lstm i, f, g, o; gru n's part from x, r, z, n's part from h; rnn its only one.
+struct RecurrentShape {
+  Dtype dtype;
+  Cell cell;
+  bool reverse;
+  int64_t steps, batch, input, hidden, output;
+  const int64_t* lengths;  // [B], within [0, T] or clamped; null: all T
+};
+
+struct RecurrentForward {
+  RecurrentShape shape;
+  const void* x;     // [T, B, I]
+  const void* h0;    // [B, P]
+  const void* c0;    // [B, H], lstm only
+  const void* w_ih;  // [G H, I]
+  const void* w_hh;  // [G H, P]
+  const void* b_ih;  // [G H] or null
+  const void* b_hh;  // [G H] or null
+  const void* w_hr;  // [P, H] or null
+  void* y;           // [T, B, P]
+  void* h;           // [B, P]
+  void* c;           // [B, H], lstm only
+  void* gates;       // [T, B, 4 H], behind the activation, in the type that arithmetic runs in; or null
+  void* cells;       // [T, B, H], lstm's c of every step, likewise
+};
+
+struct RecurrentBackward {
+  RecurrentShape shape;
+  const void *grad_y, *grad_h, *grad_c;                              // of y, h and c; each may be null
+  const void *x, *h0, *c0, *w_ih, *w_hh, *w_hr, *y, *gates, *cells;  // as in RecurrentForward
+  // Of the shapes of what they are gradients of; null where nobody asks.
+  void *grad_x, *grad_h0, *grad_c0, *grad_w_ih, *grad_w_hh, *grad_b_ih, *grad_b_hh, *grad_w_hr;
+};
+
 // One row a kernel: its name and its parameters. Every instruction set implements all of them.
-#define FASTNETS_CPU_KERNELS(X)           \
-  X(conv_forward, ConvGather)             \
-  X(conv_grad_input, ConvGather)          \
-  X(conv_grad_weight, ConvGradWeight)     \
-  X(conv_grad_epilogue, ConvGradEpilogue) \
-  X(softmax_forward, SoftmaxForward)      \
+#define FASTNETS_CPU_KERNELS(X)            \
+  X(conv_forward, ConvGather)              \
+  X(conv_grad_input, ConvGather)           \
+  X(conv_grad_weight, ConvGradWeight)      \
+  X(conv_grad_epilogue, ConvGradEpilogue)  \
+  X(recurrent_forward, RecurrentForward)   \
+  X(recurrent_backward, RecurrentBackward) \
+  X(softmax_forward, SoftmaxForward)       \
   X(softmax_backward, SoftmaxBackward)
 
 struct Kernels {

@@ -1,0 +1,197 @@
+// A recurrent layer forwards: the product with x for many steps at once, then step by step the product with h, the
+// gates and the next state in one pass over the packed weights.
+
+#include "recurrent.h"
+
+namespace fastnets::FASTNETS_ISA {
+namespace {
+
+template <class S>
+struct Forward {
+  using T = Compute<S>;
+  static constexpr int kWidth = kLanes<T>;
+
+  const RecurrentForward& p;
+  const RecurrentShape& s = p.shape;
+  const GateLayout layout = gate_layout(s.cell, s.hidden);
+  const int64_t h_row = round_up(s.output, kWidth), c_row = round_up(s.hidden, kWidth);
+  const int64_t chunk = chunk_steps(s);
+  Rows rows{};
+  Panels<T> recurrent{}, projection{};
+  T *bias, *h_now, *h_next, *c, *unprojected, *gates_chunk;
+
+  explicit Forward(const RecurrentForward& params) : p(params) {}
+
+  void place(Arena& arena) {
+    rows.place(s, arena);
+    recurrent.place(s.output, s.hidden, layout.gates, arena);
+    if (p.w_hr != nullptr) projection.place(s.hidden, s.output, 1, arena);
+    bias = arena.take<T>(layout.columns + kWidth);
+    h_now = arena.take<T>(s.batch * h_row);
+    h_next = arena.take<T>(s.batch * h_row);
+    c = arena.take<T>(s.cell == Cell::kLstm ? s.batch * c_row : 0);
+    unprojected = arena.take<T>(p.w_hr == nullptr ? 0 : s.batch * c_row);
+    gates_chunk = arena.take<T>(saves_gates() ? 0 : chunk * s.batch * layout.columns);
+  }
+  bool saves_gates() const { return p.gates != nullptr; }
+
+  void run() {
+    Arena count;
+    place(count);
+    Arena arena{static_cast<char*>(scratch(0, count.used))};
+    place(arena);
+    rows.fill();
+    prepare();
+    for (int64_t step = 0; step < s.steps; step += chunk) run_chunk(step, at_most(step + chunk, s.steps));
+  }
+
+  void prepare() {
+    recurrent.pack_transposed(static_cast<const S*>(p.w_hh));
+    if (p.w_hr != nullptr) projection.pack_transposed(static_cast<const S*>(p.w_hr));
+    std::memset(bias, 0, (layout.columns + kWidth) * sizeof(T));
+    if (p.b_ih != nullptr) {
+      const S* b = static_cast<const S*>(p.b_ih);
+      for (int i = 0; i < layout.block_count; ++i) {
+        const InputBlock& block = layout.blocks[i];
+        for (int64_t j = 0; j < block.count; ++j) bias[block.gate + j] += to_float(b[block.weight + j]);
+      }
+    }
+    if (p.b_hh != nullptr) {
+      const S* b = static_cast<const S*>(p.b_hh);
+      for (int64_t j = 0; j < layout.recurrents; ++j) bias[layout.recurrent + j] += to_float(b[j]);
+    }
+    // Rows that never run, or not yet, keep the first state: it is the last one until a step replaces it.
+    std::memcpy(p.h, p.h0, s.batch * s.output * sizeof(S));
+    for (int64_t b = 0; b < s.batch; ++b) {
+      convert_row(static_cast<const S*>(p.h0) + b * s.output, s.output, h_now + b * h_row);
+      convert_row(static_cast<const S*>(p.h0) + b * s.output, s.output, h_next + b * h_row);
+    }
+    if (s.cell == Cell::kLstm) {
+      std::memcpy(p.c, p.c0, s.batch * s.hidden * sizeof(S));
+      for (int64_t b = 0; b < s.batch; ++b) {
+        convert_row(static_cast<const S*>(p.c0) + b * s.hidden, s.hidden, c + b * c_row);
+      }
+    }
+    if (s.lengths == nullptr) return;
+    for (int64_t b = 0; b < s.batch; ++b) {
+      for (int64_t t = rows.length_of(b); t < s.steps; ++t) {
+        std::memset(static_cast<S*>(p.y) + (t * s.batch + b) * s.output, 0, s.output * sizeof(S));
+      }
+    }
+  }
+
+  // Steps [begin, end), whose times make up one stretch from `low` on.
+  void run_chunk(int64_t begin, int64_t end) {
+    const int64_t low = s.reverse ? rows.time(end - 1) : begin, count = (end - begin) * s.batch;
+    T* gates = saves_gates() ? static_cast<T*>(p.gates) + low * s.batch * layout.columns : gates_chunk;
+    const View<S> x{static_cast<const S*>(p.x) + low * s.batch * s.input, s.input, 1};
+    for (int i = 0; i < layout.block_count; ++i) {
+      const InputBlock& block = layout.blocks[i];
+      const View<S> w{static_cast<const S*>(p.w_ih) + block.weight * s.input, 1, s.input};
+      gemm<T>(count, block.count, s.input, x, w, gates + block.gate, layout.columns, false);
+    }
+    switch (s.cell) {
+      case Cell::kLstm: return run_cells(begin, end, low, gates, [&](auto... at) { lstm(at...); });
+      case Cell::kGru: return run_cells(begin, end, low, gates, [&](auto... at) { gru(at...); });
+      case Cell::kRnnTanh: return run_cells(begin, end, low, gates, [&](auto... at) { rnn<TanhCell<Simd<T>>>(at...); });
+      case Cell::kRnnRelu: return run_cells(begin, end, low, gates, [&](auto... at) { rnn<ReluCell<Simd<T>>>(at...); });
+    }
+  }
+
+  T* h_of(int64_t step) const { return step % 2 == 0 ? h_now : h_next; }
+
+  // cell(step, t, row, unit, units, sums, sums' stride between gates, the row's gates) does one vector of units.
+  template <class Cells>
+  FASTNETS_INLINE void run_cells(int64_t begin, int64_t end, int64_t low, T* gates, const Cells& cell) {
+    const Stage cells{
+        recurrent.count(), [&](int64_t step, int64_t row, int64_t past, int64_t panel, int64_t last) {
+          const int64_t t = rows.time(step);
+          const auto finish = [&](int64_t at, int64_t first, int64_t end_row, const T* sums) {
+            const int64_t unit = at * recurrent.units_of_panel();
+            const int vectors = recurrent.vectors(at) / recurrent.gates;
+            for (int64_t b = first; b < end_row; ++b, sums += recurrent.vectors(at) * kWidth) {
+              if (!rows.runs(t, b)) continue;
+              T* row_gates = gates + ((t - low) * s.batch + b) * layout.columns;
+              for (int v = 0; v < vectors; ++v) {
+                const int64_t j = unit + v * kWidth;
+                cell(step, t, b, j, static_cast<int>(at_most(kWidth, s.hidden - j)), sums + v * kWidth, row_gates + j);
+              }
+            }
+          };
+          multiply_panels(recurrent, h_of(step), h_row, row, at_most(past, rows.running_at(t)), panel, last, finish);
+        }};
+    const int64_t weights = recurrent.depth * layout.recurrents;
+    if (p.w_hr == nullptr) return run_steps(begin, end, s.batch, weights, cells);
+    const Stage project{projection.count(), [&](int64_t step, int64_t row, int64_t past, int64_t panel, int64_t last) {
+                          const int64_t t = rows.time(step);
+                          const auto finish = [&](int64_t at, int64_t first, int64_t end_row, const T* sums) {
+                            const int64_t unit = at * projection.units_of_panel();
+                            for (int64_t b = first; b < end_row; ++b) {
+                              for (int v = 0; v < projection.vectors(at); ++v, sums += kWidth) {
+                                const int64_t j = unit + v * kWidth;
+                                if (rows.runs(t, b))
+                                  emit(step, t, b, j, static_cast<int>(at_most(kWidth, s.output - j)), load(sums));
+                              }
+                            }
+                          };
+                          multiply_panels(projection, unprojected, c_row, row, at_most(past, rows.running_at(t)), panel,
+                                          last, finish);
+                        }};
+    run_steps(begin, end, s.batch, weights + s.hidden * s.output, cells, project);
+  }
+
+  // n units of h from unit j on, in row b at time t.
+  FASTNETS_INLINE void emit(int64_t step, int64_t t, int64_t b, int64_t j, int n, Vec<T> h) {
+    store(h_of(step + 1) + b * h_row + j, h);
+    store_lanes(static_cast<S*>(p.y) + (t * s.batch + b) * s.output + j, h, n);
+    if (t == rows.last_time(b)) store_lanes(static_cast<S*>(p.h) + b * s.output + j, h, n);
+  }
+
+  FASTNETS_INLINE void lstm(int64_t step, int64_t t, int64_t b, int64_t j, int n, const T* sums, T* gates) {
+    Vec<T> g[4];
+    for (int q = 0; q < 4; ++q) {
+      g[q] = load_lanes(gates + q * s.hidden, n) + load(sums + q * kWidth) + load(bias + q * s.hidden + j);
+    }
+    T* state = c + b * c_row + j;
+    Vec<T> cell = load(state);
+    const Vec<T> h = LstmCell<Simd<T>>::forward(g, cell);
+    store(state, cell);
+    if (saves_gates()) {
+      for (int q = 0; q < 4; ++q) store_lanes(gates + q * s.hidden, g[q], n);
+      store_lanes(static_cast<T*>(p.cells) + (t * s.batch + b) * s.hidden + j, cell, n);
+    }
+    if (t == rows.last_time(b)) store_lanes(static_cast<S*>(p.c) + b * s.hidden + j, cell, n);
+    if (p.w_hr == nullptr) {
+      emit(step, t, b, j, n, h);
+    } else {
+      store(unprojected + b * c_row + j, h);
+    }
+  }
+
+  FASTNETS_INLINE void gru(int64_t step, int64_t t, int64_t b, int64_t j, int n, const T* sums, T* gates) {
+    Vec<T> g[4];
+    for (int q = 0; q < 4; ++q) {
+      g[q] = load(bias + q * s.hidden + j);
+      if (q < 3) g[q] += load_lanes(gates + q * s.hidden, n);
+      if (q > 0) g[q] += load(sums + (q - 1) * kWidth);
+    }
+    const Vec<T> h = GruCell<Simd<T>>::forward(g, load(h_of(step) + b * h_row + j));
+    if (saves_gates()) {
+      for (int q = 0; q < 4; ++q) store_lanes(gates + q * s.hidden, g[q], n);
+    }
+    emit(step, t, b, j, n, h);
+  }
+
+  template <class RnnCell>
+  FASTNETS_INLINE void rnn(int64_t step, int64_t t, int64_t b, int64_t j, int n, const T* sums, T* gates) {
+    emit(step, t, b, j, n, RnnCell::forward(load_lanes(gates, n) + load(sums) + load(bias + j)));
+  }
+};
+
+}  // namespace
+
+void recurrent_forward(const RecurrentForward& p) {
+  with_storage(p.shape.dtype, [&](auto kind) { Forward<decltype(kind)>(p).run(); });
+}
+
+}  // namespace fastnets::FASTNETS_ISA

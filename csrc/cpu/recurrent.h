@@ -1,0 +1,284 @@
+// What the recurrent kernels share: memory, packed weights, the product of one step, and how steps go over threads.
+#pragma once
+
+#include "../cells.h"
+#include "gemm.h"
+
+namespace fastnets::FASTNETS_ISA {
+
+// Rows (steps x batch) that one product over many steps covers at least, where the sequence has as many: enough to
+// amortise packing its weights, few enough that its result stays in the second- or third-level cache.
+constexpr int64_t kChunkRows = 1024;
+inline int64_t chunk_steps(const RecurrentShape& s) { return at_most(s.steps, kChunkRows / (s.batch + 1) + 1); }
+
+template <class T>
+struct Simd {
+  using Vector = Vec<T>;
+  static FASTNETS_INLINE Vector sigmoid(Vector x) { return FASTNETS_ISA::sigmoid<T>(x); }
+  static FASTNETS_INLINE Vector tanh(Vector x) { return FASTNETS_ISA::tanh<T>(x); }
+  static FASTNETS_INLINE Vector positive(Vector x, Vector y) {  // y where x > 0 (NaN stays), else 0
+    return select<T>(x <= Vector{}, Vector{}, y);
+  }
+};
+
+template <class S>
+FASTNETS_INLINE Vec<Compute<S>> load_lanes(const S* p, int n) {
+  return n == kLanes<Compute<S>> ? load(p) : load_partial(p, n);
+}
+template <class S>
+FASTNETS_INLINE void store_lanes(S* p, Vec<Compute<S>> v, int n) {
+  if (n == kLanes<Compute<S>>) return store(p, v);
+  store_partial<S>(p, v, n);
+}
+
+template <class S>
+void convert_row(const S* from, int64_t n, Compute<S>* to) {
+  constexpr int lanes = kLanes<Compute<S>>;
+  for (int64_t i = 0; i < n; i += lanes) {
+    const int left = static_cast<int>(at_most(lanes, n - i));
+    store_lanes(to + i, load_lanes(from + i, left), left);
+  }
+}
+template <class S>
+void convert_back(const Compute<S>* from, int64_t n, S* to) {
+  constexpr int lanes = kLanes<Compute<S>>;
+  for (int64_t i = 0; i < n; i += lanes) {
+    const int left = static_cast<int>(at_most(lanes, n - i));
+    store_lanes(to + i, load_lanes(from + i, left), left);
+  }
+}
+
+// Hands out pieces of one block of scratch memory; with no block yet, only counts.
+struct Arena {
+  char* block = nullptr;
+  size_t used = 0;
+
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = block == nullptr ? nullptr : reinterpret_cast<T*>(block + used);
+    used += (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+    return piece;
+  }
+};
+
+// Where each sequence begins and ends. Rows that run at time t are those with t < length.
+struct Rows {
+  const RecurrentShape* shape;
+  int64_t* length = nullptr;   // [B], clamped; null: all T
+  int64_t* running = nullptr;  // [T], one past the last row that runs
+
+  void place(const RecurrentShape& s, Arena& arena) {
+    shape = &s;
+    if (s.lengths == nullptr) return;
+    length = arena.take<int64_t>(s.batch);
+    running = arena.take<int64_t>(s.steps);
+  }
+  void fill() {
+    if (length == nullptr) return;
+    std::memset(running, 0, shape->steps * sizeof *running);
+    for (int64_t b = 0; b < shape->batch; ++b) {
+      const int64_t given = shape->lengths[b];
+      length[b] = given < 0 ? 0 : at_most(given, shape->steps);
+      for (int64_t t = length[b] - 1; t >= 0; --t) running[t] = b + 1;
+    }
+  }
+
+  int64_t time(int64_t step) const { return shape->reverse ? shape->steps - 1 - step : step; }
+  int64_t length_of(int64_t b) const { return length == nullptr ? shape->steps : length[b]; }
+  bool runs(int64_t t, int64_t b) const { return length == nullptr || t < length[b]; }
+  int64_t running_at(int64_t t) const { return running == nullptr ? shape->batch : running[t]; }
+  int64_t first_time(int64_t b) const { return shape->reverse ? length_of(b) - 1 : 0; }
+  int64_t last_time(int64_t b) const { return shape->reverse ? 0 : length_of(b) - 1; }
+};
+
+// ---- the product of one step: a few rows against weights that were packed once a sequence ----------------------
+
+// Rows of a register tile of so many vectors: with AVX-512 24 of 32 registers accumulate, else 8 to 12 of 16.
+constexpr int max_rows(int vectors) {
+  if (kVectorBytes == 64) return vectors == 3 ? 8 : 6;
+  return vectors == 4 ? 3 : 4;
+}
+constexpr int kMaxVectors = 4;
+constexpr int kMaxTile = kVectorBytes == 64 ? 24 : 12;  // vectors of the largest tile
+
+// A right operand [depth, gates x units] in panels of whole vectors: panel[p][gate][unit]. A panel holds either all
+// gates of one vector of units (lstm, gru), or the only gate of kMaxVectors vectors.
+template <class T>
+struct Panels {
+  T* data = nullptr;
+  int64_t depth, units;
+  int gates;
+
+  void place(int64_t d, int64_t n, int g, Arena& arena) {
+    depth = d, units = n, gates = g;
+    data = arena.take<T>(count() * depth * gates * units_of_panel());
+  }
+  int64_t units_of_panel() const { return (gates == 1 ? kMaxVectors : 1) * kLanes<T>; }
+  int64_t count() const { return (units + units_of_panel() - 1) / units_of_panel(); }
+  // Vectors of a panel: the last may have fewer.
+  int vectors(int64_t panel) const {
+    const int64_t left = units - panel * units_of_panel();
+    return gates * static_cast<int>((at_most(left, units_of_panel()) + kLanes<T> - 1) / kLanes<T>);
+  }
+  T* at(int64_t panel) const { return data + panel * depth * gates * units_of_panel(); }
+
+  // From w[gates x units, depth], a weight as torch lays it out: panel[p][g][j] = w[g * units + j][p].
+  template <class S>
+  void pack_transposed(const S* w) {
+    for (int64_t i = 0; i < count(); ++i) {
+      const int64_t first = i * units_of_panel();
+      const int stride = vectors(i) * kLanes<T>, width = stride / gates;
+      const int lines = static_cast<int>(at_most(width, units - first));
+      for (int g = 0; g < gates; ++g) {
+        const S* from = w + (g * units + first) * depth;
+        T* to = at(i) + g * width;
+        int line = 0;
+        for (; line + 4 <= lines; line += 4) pack_quad(from + line * depth, depth, depth, to + line, stride);
+        for (; line < width; ++line) {
+          for (int64_t p = 0; p < depth; ++p) {
+            to[p * stride + line] = line < lines ? T(to_float(from[line * depth + p])) : T(0);
+          }
+        }
+      }
+    }
+  }
+  // From w[depth, units] of one gate.
+  template <class S>
+  void pack(const S* w) {
+    for (int64_t i = 0; i < count(); ++i) {
+      const int64_t first = i * units_of_panel();
+      T* to = at(i);
+      for (int64_t p = 0; p < depth; ++p) {
+        for (int v = 0; v < vectors(i); ++v, to += kLanes<T>) {
+          const int64_t j = first + v * kLanes<T>;
+          store(to, load_lanes(w + p * units + j, static_cast<int>(at_most(kLanes<T>, units - j))));
+        }
+      }
+    }
+  }
+};
+
+// sums[row][vector] = a[row, :] times one panel.
+template <class T, int kRows, int kVectors>
+void panel_product(int64_t depth, const T* __restrict a, int64_t a_row, const T* __restrict w, T* __restrict out) {
+  Vec<T> sums[kRows][kVectors] = {};
+  for (int64_t p = 0; p < depth; ++p, w += kVectors * kLanes<T>) {
+    Vec<T> right[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) right[v] = load(w + v * kLanes<T>);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const Vec<T> left = broadcast<T>(a[r * a_row + p]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sums[r][v] = fma<T>(left, right[v], sums[r][v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) store(out + (r * kVectors + v) * kLanes<T>, sums[r][v]);
+  }
+}
+
+template <class T, int kVectors>
+void panel_product_rows(int rows, int64_t depth, const T* a, int64_t a_row, const T* w, T* out) {
+#define FASTNETS_ROWS(n) \
+  case n:                \
+    if constexpr (n <= max_rows(kVectors)) return panel_product<T, n, kVectors>(depth, a, a_row, w, out);
+  switch (rows) {
+    FASTNETS_ROWS(1)
+    FASTNETS_ROWS(2)
+    FASTNETS_ROWS(3)
+    FASTNETS_ROWS(4)
+    FASTNETS_ROWS(5)
+    FASTNETS_ROWS(6)
+    FASTNETS_ROWS(7)
+    FASTNETS_ROWS(8)
+  }
+#undef FASTNETS_ROWS
+  __builtin_trap();
+}
+
+// Rows [row_begin, row_end) of a times panels [panel_begin, panel_end): finish(panel, first row, past row, sums) is
+// called with each tile's sums, [rows][vectors of the panel]. Without a (null) the sums are zero.
+template <class T, class Finish>
+FASTNETS_INLINE void multiply_panels(const Panels<T>& w, const T* a, int64_t a_row, int64_t row_begin, int64_t row_end,
+                                     int64_t panel_begin, int64_t panel_end, const Finish& finish) {
+  alignas(kVectorBytes) T sums[kMaxTile * kLanes<T>];
+  const int64_t rows = row_end - row_begin;
+  if (rows <= 0) return;
+  for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+    const int vectors = w.vectors(panel);
+    const int64_t tiles = (rows + max_rows(vectors) - 1) / max_rows(vectors);  // as even as they can be
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int64_t first = row_begin + rows * i / tiles, past = row_begin + rows * (i + 1) / tiles;
+      const int count = static_cast<int>(past - first);
+      if (a == nullptr) {
+        std::memset(sums, 0, sizeof sums);
+      } else {
+        const T* left = a + first * a_row;
+        switch (vectors) {
+          case 1: panel_product_rows<T, 1>(count, w.depth, left, a_row, w.at(panel), sums); break;
+          case 2: panel_product_rows<T, 2>(count, w.depth, left, a_row, w.at(panel), sums); break;
+          case 3: panel_product_rows<T, 3>(count, w.depth, left, a_row, w.at(panel), sums); break;
+          default: panel_product_rows<T, 4>(count, w.depth, left, a_row, w.at(panel), sums); break;
+        }
+      }
+      finish(panel, first, past, sums);
+    }
+  }
+}
+
+// ---- threads ---------------------------------------------------------------------------------------------------
+
+// One product of a step with what follows it: run(step, row_begin, row_end, panel_begin, panel_end).
+template <class Run>
+struct Stage {
+  int64_t panels;
+  Run run;
+};
+template <class Run>
+Stage(int64_t, Run) -> Stage<Run>;
+
+// Runs the stages of steps [begin, end). Rows are independent, so that threads that share the batch meet only at the
+// end; where there are fewer rows than that pays for, and weights enough to be worth a meeting a stage, they share the
+// hidden units. `weights`: elements read a step. A row's result does not depend on how many threads there are.
+template <class... Stages>
+void run_steps(int64_t begin, int64_t end, int64_t batch, int64_t weights, const Stages&... stages) {
+  constexpr int64_t least_work = int64_t{1} << 18;  // multiply-adds worth waking a thread for
+  const int64_t threads = thread_count();
+  if (threads > 1 && batch < 2 * threads && weights >= least_work) {
+    const auto shared = [](const auto& stage, int64_t step, int64_t rows, int64_t count) {
+      parallel(stage.panels, (stage.panels + count - 1) / count,
+               [&](int64_t first, int64_t past) { stage.run(step, 0, rows, first, past); });
+    };
+    for (int64_t step = begin; step < end; ++step) (shared(stages, step, batch, threads), ...);
+    return;
+  }
+  const int64_t share = (batch + threads - 1) / threads, least = least_work / ((end - begin) * weights + 1) + 1;
+  parallel(batch, share > least ? share : least, [&](int64_t first, int64_t past) {
+    for (int64_t step = begin; step < end; ++step) (stages.run(step, first, past, 0, stages.panels), ...);
+  });
+}
+
+// Blocks of the product with x: `count` rows of w_ih (and b_ih) from `weight` on belong to the gates' columns from
+// `gate` on.
+struct InputBlock {
+  int64_t weight, gate, count;
+};
+struct GateLayout {
+  int gates;                      // G
+  int64_t columns;                // of the gates' buffer
+  int64_t recurrent, recurrents;  // first column and number of those that belong to w_hh's rows, in their order
+  InputBlock blocks[2];
+  int block_count;
+};
+inline GateLayout gate_layout(Cell cell, int64_t hidden) {
+  switch (cell) {
+    case Cell::kLstm: return {4, 4 * hidden, 0, 4 * hidden, {{0, 0, 4 * hidden}}, 1};
+    case Cell::kGru: return {3, 4 * hidden, hidden, 3 * hidden, {{0, hidden, 2 * hidden}, {2 * hidden, 0, hidden}}, 2};
+    default: return {1, hidden, 0, hidden, {{0, 0, hidden}}, 1};
+  }
+}
+
+}  // namespace fastnets::FASTNETS_ISA

@@ -155,6 +155,9 @@ class _Session:
         self._prepare_folder(names)
         self.settings = settings
 
+    def _say(self, line: str) -> None:
+        self.out.print(line, soft_wrap=True)
+
     def _settings(self, states: dict[str, dict[str, Any]]) -> Settings:
         """The command line's over the checkpoint's or the network's; a resumed run must be the run that it resumes."""
         args = self.args
@@ -187,7 +190,7 @@ class _Session:
                 path = self.folder / FILES[name]
                 if path.exists():
                     kept = path.replace(path.with_name(f"previous-{path.name}"))
-                    self.out.print(f"{path} is of an earlier run (--resume would go on with it): kept as {kept.name}")
+                    self._say(f"{path} is of an earlier run (--resume would go on with it): kept as {kept.name}")
         except OSError as error:
             raise UsageError(f"cannot write to {self.folder}: {error.strerror}") from error
 
@@ -219,7 +222,7 @@ class _Session:
                 self._save(name)
         if stop:
             where = f"epoch {trainer.epoch + 1}, step {trainer.step}"
-            self.out.print(f"stopped in {where}, and saved: the same command with --resume goes on from there")
+            self._say(f"stopped in {where}, and saved: the same command with --resume goes on from there")
         return stop
 
     def _save(self, name: str) -> None:
@@ -241,14 +244,14 @@ class _Session:
             return
         trainer = self.trainers["fastnets"]
         if trainer.losses:
-            self.out.print(
+            self._say(
                 f"{self.network.name}: {self.network.metric} {scores['fastnets']:.2%} "
                 f"after {trainer.steps_done} steps, loss {trainer.losses[-1]:.4f}, "
                 f"{trainer.samples_per_second:,.0f} samples/s; checkpoint in {self.folder / FILES['fastnets']}"
             )
         if self.network.show:
             for line in self.network.show(trainer.model):
-                self.out.print(f"  {line}")
+                self._say(f"  {line}")
         if len(self.trainers) == 2:
             comparison(self.out, self.trainers, scores, self.network.metric)
         if self.args.json:

@@ -54,6 +54,11 @@ class Processes(NamedTuple):
             distributed.barrier()
 
 
+# A DistributedDataParallel that outlives the group would be the one to destroy it, and would do so holding the
+# interpreter's lock, for which the group's own thread may wait: a deadlock. So the group lives to the process's end.
+_groups: list[Any] = []
+
+
 @contextlib.contextmanager
 def processes(device: torch.device) -> Iterator[Processes]:
     """Joins the processes that torchrun started (gloo between CPUs, nccl between GPUs), and leaves them at the end."""
@@ -65,6 +70,7 @@ def processes(device: torch.device) -> Iterator[Processes]:
         yield Processes(rank, size, device)
         return
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    _groups.append(distributed.group.WORLD)
     try:
         yield Processes(rank, size, device)
     finally:

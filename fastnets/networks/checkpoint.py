@@ -44,7 +44,7 @@ def load(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path} is not a checkpoint of fastnets: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{path} is not a checkpoint of fastnets ({type(error).__name__})") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of fastnets in format {FORMAT}")
     return state

@@ -101,22 +101,26 @@ def as_csv(measurements: list[Measurement], environment: dict[str, Any]) -> str:
 def table(measurements: list[Measurement]) -> Table:
     """The rows: times in ms as p50 (p20-p80), the speed-up, and rates and peak memory as fastnets / torch."""
     shown = Table(box=None)
-    for column in ("case", "dtype", "mode"):
-        shown.add_column(column, overflow="fold")
+    shown.add_column("case", overflow="fold", min_width=24)
+    for column in ("dtype", "mode"):
+        shown.add_column(column, no_wrap=True)
     for column in ("fastnets ms", "torch ms", "speed-up", "rate", "peak MB"):
         shown.add_column(column, justify="right", no_wrap=True)
     family = None
     for m in measurements:
+        ours, theirs = m.rate(OURS), m.rate(THEIRS)
         if family != m.row.family:
             family = m.row.family
-            shown.add_row(family, style="bold")
+            unit = ours[1] if ours else ""
+            shown.add_row(family, *[""] * 5, unit, style="bold")
+        rates = f"{_short(ours[0])} / {_short(theirs[0])}" if ours and theirs else "-"
         shown.add_row(
             f"  {m.row.name}",
             str(m.row.dtype).removeprefix("torch."),
             m.row.mode,
             *(_milliseconds(m.timings[rival]) for rival in (OURS, THEIRS)),
             f"{m.speedup:.2f}x",
-            _rates(m),
+            rates if not ours or ours[1] == unit else f"{rates} {ours[1]}",
             " / ".join(_megabytes(m.memory[rival]) for rival in (OURS, THEIRS)),
         )
     return shown
@@ -163,11 +167,6 @@ def plot(measurements: list[Measurement], environment: dict[str, Any], path: Pat
 
 def _milliseconds(timing: Timing) -> str:
     return f"{_short(timing.p50 * 1e3)} ({_short(timing.p20 * 1e3)}-{_short(timing.p80 * 1e3)})"
-
-
-def _rates(m: Measurement) -> str:
-    ours, theirs = m.rate(OURS), m.rate(THEIRS)
-    return f"{_short(ours[0])} / {_short(theirs[0])} {ours[1]}" if ours and theirs else "-"
 
 
 def _megabytes(size: int | None) -> str:

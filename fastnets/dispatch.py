@@ -68,11 +68,7 @@ def _cpu_supports(case: Case) -> str | None:
 # (family, backend) -> Implementation. A new backend adds its rows here and its name to ORDER.
 IMPLEMENTATIONS: dict[tuple[str, str], Implementation] = {
     **{(family, "reference"): Implementation("reference", _supports_everything) for family in FAMILIES},
-    **{
-        (family, "cpu"): Implementation("cpu", _cpu_supports, torch.ops.fastnets)
-        for family in FAMILIES
-        if family != "attention"
-    },
+    **{(family, "cpu"): Implementation("cpu", _cpu_supports, torch.ops.fastnets) for family in FAMILIES},
 }
 
 # Device type -> backends in the order in which they are asked.

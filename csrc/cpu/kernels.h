@@ -113,6 +113,58 @@ struct RecurrentBackward {
   void *grad_x, *grad_h0, *grad_c0, *grad_w_ih, *grad_w_hh, *grad_b_ih, *grad_b_hh, *grad_w_hr;
 };
 
+// A tensor [batch, head, row, ...] with contiguous rows; strides in elements.
+struct AttentionArray {
+  void* data;
+  int64_t batch, head, row;
+};
+
+// What every attention kernel is told. Lengths and shapes: q [batch, heads, lq, d], k [batch, heads / groups, lk, d],
+// v [batch, heads / groups, lk, dv]. With `starts`, batch counts the sequences, which lie one after the other in the
+// rows of one entry.
+struct Attention {
+  Dtype dtype;
+  AttentionArray q, k, v;
+  int64_t batch, heads, groups, lq, lk, d, dv;
+  MaskKind mask_kind;
+  Dtype mask_dtype;
+  const void* mask;
+  int64_t mask_strides[4];             // of [batch, heads, lq, lk]; 0 where it broadcasts
+  const void* slopes;                  // ALiBi, float (double for kFloat64), or null
+  int64_t slope_strides[2];            // of [batch, heads]
+  const int64_t *starts_q, *starts_k;  // [batch + 1], or null
+  // Query i sees keys i + offset - left <= j <= i + offset + right, offset counted from lk - lq with `bottom_right`.
+  int64_t left, right, offset;
+  bool bottom_right;
+  double scale, softcap, dropout;
+  uint32_t seed[2];
+};
+constexpr int64_t kUnlimited = int64_t{1} << 60;  // for left and right
+
+struct AttentionForward : Attention {
+  AttentionArray out;  // [batch, heads, lq, dv]
+  void* lse;           // [batch, heads, lq], contiguous; float, double for kFloat64
+};
+
+struct AttentionWeights : Attention {
+  const void* lse;
+  void* weights;  // [batch, heads, lq, lk], contiguous
+};
+
+struct AttentionBackward : Attention {
+  AttentionArray grad_out, out;
+  const void* lse;
+  const void* grad_lse;      // as lse, or null
+  const void* grad_weights;  // [batch, heads, lq, lk], contiguous, or null
+  AttentionArray grad_q, grad_k, grad_v;
+  // The keys of a head are dealt out to `splits` units of work, each with a sum for the queries' gradient of its own:
+  // float or double, [batch * heads / groups, splits, groups, lq, d rounded up to 16]; null where splits is 1.
+  int64_t splits;
+  void* partial_grad_q;
+  void* grad_mask;  // contiguous, of the mask's own sizes
+  int64_t mask_sizes[4];
+};
+
 // One row a kernel: its name and its parameters. Every instruction set implements all of them.
 #define FASTNETS_CPU_KERNELS(X)            \
   X(conv_forward, ConvGather)              \
@@ -122,7 +174,10 @@ struct RecurrentBackward {
   X(recurrent_forward, RecurrentForward)   \
   X(recurrent_backward, RecurrentBackward) \
   X(softmax_forward, SoftmaxForward)       \
-  X(softmax_backward, SoftmaxBackward)
+  X(softmax_backward, SoftmaxBackward)     \
+  X(attention_forward, AttentionForward)   \
+  X(attention_weights, AttentionWeights)   \
+  X(attention_backward, AttentionBackward)
 
 struct Kernels {
 #define FASTNETS_FIELD(name, Params) void (*name)(const Params&);

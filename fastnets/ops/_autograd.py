@@ -91,9 +91,18 @@ def _transforming() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def _distinct(inputs: Tensors) -> Tensors:
+    """The inputs with aliases in place of repeated ones (query is key), which dynamo does not take."""
+    return tuple(
+        t.view_as(t) if t is not None and any(t is former for former in inputs[:i]) else t for i, t in enumerate(inputs)
+    )
+
+
 def run(call: Call, *inputs: Tensor | None) -> Tensors:
     """Runs the call and returns its visible outputs, with autograd where an input asks for it."""
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     if wanted or (not torch.compiler.is_compiling() and _transforming()):
+        if torch.compiler.is_compiling():
+            inputs = _distinct(inputs)
         return _Operator.apply(call, *inputs)[: call.visible]
     return call.forward(*inputs)[: call.visible]

@@ -85,7 +85,7 @@ def attention(
     if options.dropout:
         batch = torch.arange(q.size(0), device=q.device) if starts_q is None else None
         batch = sequence_q if batch is None else batch[:, None, None, None]
-        weights = weights * _kept(seed, batch, q.size(1), i, j, options.dropout).to(compute)
+        weights = weights * _kept(seed, batch, q.size(1), i, j, options.dropout, compute)
     return (weights @ v).to(dtype), lse, weights.to(dtype)
 
 
@@ -116,7 +116,7 @@ def _hidden(sequence_q, i, sequence_k, j, offset, options: Options, mask: Tensor
         yield ~mask
 
 
-def _kept(seed: Tensor, batch: Tensor, heads: int, i: Tensor, j: Tensor, dropout: float) -> Tensor:
+def _kept(seed: Tensor, batch: Tensor, heads: int, i: Tensor, j: Tensor, dropout: float, dtype) -> Tensor:
     """What dropout multiplies the weights with: 0 with probability `dropout`, else 1 / (1 - dropout).
 
     Weight (batch, head, i, j) is decided by word j % 64 // 16 of the block of random numbers with the counter
@@ -132,4 +132,4 @@ def _kept(seed: Tensor, batch: Tensor, heads: int, i: Tensor, j: Tensor, dropout
     )
     threshold = round(dropout * 2**24)
     factor = 0.0 if dropout == 1.0 else 1.0 / (1.0 - dropout)
-    return (chosen >> 8 >= threshold) * factor
+    return (chosen >> 8 >= threshold).to(dtype) * factor

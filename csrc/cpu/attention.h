@@ -1,0 +1,398 @@
+// What the attention kernels share: one (sequence, head) and its visible keys, blocks brought into compute type, the
+// register tile, the scores of a row and dropout's multipliers.
+//
+// Scores are kept in units of log2: exp(s) = 2^(s log2 e), the factor being part of the scaling of q.
+#pragma once
+
+#include "simd.h"
+
+namespace fastnets::FASTNETS_ISA {
+
+constexpr int kKeys = 64;      // keys in a block
+constexpr int kGroupRows = 6;  // rows in a register tile
+constexpr int kTileVecs = kVectorBytes == 64 ? 4 : 2;
+constexpr double kLog2E = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
+
+template <class T>
+constexpr T kMinusInfinity = sizeof(T) == 8 ? T(-__builtin_inf()) : T(-__builtin_inff());
+template <class T>
+constexpr int64_t padded(int64_t n) {
+  return (n + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+}
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Pieces of one slot of scratch memory, each aligned to a vector.
+class Arena {
+ public:
+  template <class T>
+  static size_t bytes(int64_t count) {
+    return (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+  }
+  Arena(int slot, size_t bytes) : at_(static_cast<char*>(scratch(slot, bytes))) {}
+  template <class T>
+  T* take(int64_t count) {
+    T* p = reinterpret_cast<T*>(at_);
+    at_ += bytes<T>(count);
+    return p;
+  }
+
+ private:
+  char* at_;
+};
+
+// ---- one sequence, one query head ------------------------------------------------------------------------------
+
+struct Head {
+  int64_t batch, head;      // as counted by mask, slopes and dropout
+  int64_t lq, lk, offset;   // this sequence's own
+  int64_t row_q, row_k;     // its first rows
+  int64_t memory, kv_head;  // its entry in memory, its head of k and v
+
+  Head(const Attention& p, int64_t b, int64_t h)
+      : batch(b),
+        head(h),
+        lq(p.starts_q ? p.starts_q[b + 1] - p.starts_q[b] : p.lq),
+        lk(p.starts_k ? p.starts_k[b + 1] - p.starts_k[b] : p.lk),
+        offset(p.bottom_right ? lk - lq : p.offset),
+        row_q(p.starts_q ? p.starts_q[b] : 0),
+        row_k(p.starts_k ? p.starts_k[b] : 0),
+        memory(p.starts_q ? 0 : b),
+        kv_head(h / p.groups) {}
+
+  int64_t at_q(const AttentionArray& x, int64_t i) const {
+    return memory * x.batch + head * x.head + (row_q + i) * x.row;
+  }
+  int64_t at_k(const AttentionArray& x, int64_t j) const {
+    return memory * x.batch + kv_head * x.head + (row_k + j) * x.row;
+  }
+  int64_t at_lse(const Attention& p, int64_t i) const { return (memory * p.heads + head) * p.lq + row_q + i; }
+  // The keys that query i sees: [first, last).
+  int64_t first(const Attention& p, int64_t i) const { return larger(0, smaller(lk, i + offset - p.left)); }
+  int64_t last(const Attention& p, int64_t i) const { return larger(0, smaller(lk, i + offset + p.right + 1)); }
+};
+
+// ---- between memory and compute type ---------------------------------------------------------------------------
+
+// Calls body(S{}) with the stored type, one of those that arithmetic in T serves.
+template <class T, class Body>
+FASTNETS_INLINE void with_stored(Dtype dtype, Body&& body) {
+  if constexpr (std::is_same_v<T, double>) {
+    body(double{});
+  } else if (dtype == Dtype::kFloat32) {
+    body(float{});
+  } else if (dtype == Dtype::kBFloat16) {
+    body(BFloat16{});
+  } else {
+    body(Float16{});
+  }
+}
+
+// Calls body(T{}) with the type that arithmetic on dtype runs in.
+template <class Body>
+FASTNETS_INLINE void with_compute(Dtype dtype, Body&& body) {
+  if (dtype == Dtype::kFloat64) {
+    body(double{});
+  } else {
+    body(float{});
+  }
+}
+
+// to[r][c] = from[r][c] * factor; columns up to the next full vector are zero.
+template <class T>
+void load_rows(Dtype dtype, const void* data, int64_t at, int64_t row, int64_t rows, int64_t cols, T factor, T* to) {
+  with_stored<T>(dtype, [&](auto kind) {
+    using S = decltype(kind);
+    const S* from = static_cast<const S*>(data) + at;
+    for (int64_t r = 0; r < rows; ++r, from += row, to += padded<T>(cols)) {
+      int64_t c = 0;
+      for (; c + kLanes<T> <= cols; c += kLanes<T>) store(to + c, load(from + c) * factor);
+      if (c < cols) store(to + c, load_partial(from + c, static_cast<int>(cols - c)) * factor);
+    }
+  });
+}
+
+template <class T, int kStep>
+FASTNETS_INLINE void zip_halves(Vec<T>* v) {
+  constexpr int n = kLanes<T>;
+  Vec<Int<T>> low, high;
+  for (int i = 0; i < n; ++i) {
+    low[i] = i / 2 + i % 2 * n;
+    high[i] = n / 2 + i / 2 + i % 2 * n;
+  }
+  Vec<T> zipped[n];
+#pragma GCC unroll 16
+  for (int i = 0; i < n / 2; ++i) {
+    zipped[2 * i] = __builtin_shuffle(v[i], v[i + n / 2], low);
+    zipped[2 * i + 1] = __builtin_shuffle(v[i], v[i + n / 2], high);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < n; ++i) v[i] = zipped[i];
+  if constexpr (kStep * 2 < n) zip_halves<T, kStep * 2>(v);
+}
+
+// to[c][r] = from[r][c] with kKeys columns a row of `to`; rows up to the next full vector are zero.
+template <class T>
+void load_transposed(Dtype dtype, const void* data, int64_t at, int64_t row, int64_t rows, int64_t cols, T* to) {
+  constexpr int n = kLanes<T>;
+  with_stored<T>(dtype, [&](auto kind) {
+    using S = decltype(kind);
+    const S* from = static_cast<const S*>(data) + at;
+    for (int64_t r = 0; r < rows; r += n) {
+      const int64_t lines = smaller(n, rows - r);
+      for (int64_t c = 0; c < cols; c += n) {
+        const int64_t width = smaller(n, cols - c);
+        Vec<T> v[n];
+        if (lines == n && width == n) {
+#pragma GCC unroll 16
+          for (int i = 0; i < n; ++i) v[i] = load(from + (r + i) * row + c);
+        } else {
+          for (int i = 0; i < n; ++i) {
+            v[i] = i < lines ? load_partial(from + (r + i) * row + c, static_cast<int>(width)) : Vec<T>{};
+          }
+        }
+        zip_halves<T, 1>(v);
+        T* column = to + c * kKeys + r;
+        for (int64_t i = 0; i < width; ++i) store(column + i * kKeys, v[i]);
+      }
+    }
+  });
+}
+
+// to[r][c] = from[r][c] * factors[r * factor_step].
+template <class T>
+void store_rows(Dtype dtype, void* data, int64_t at, int64_t row, int64_t rows, int64_t cols, const T* from,
+                int64_t from_row, const T* factors, int64_t factor_step) {
+  with_stored<T>(dtype, [&](auto kind) {
+    using S = decltype(kind);
+    S* to = static_cast<S*>(data) + at;
+    for (int64_t r = 0; r < rows; ++r, from += from_row, to += row) {
+      const T factor = factors[r * factor_step];
+      int64_t c = 0;
+      for (; c + kLanes<T> <= cols; c += kLanes<T>) store(to + c, load(from + c) * factor);
+      if (c < cols) store_partial<S>(to + c, load(from + c) * factor, static_cast<int>(cols - c));
+    }
+  });
+}
+
+// ---- the register tile -----------------------------------------------------------------------------------------
+
+// Left operand: element (r, k) is data[r * row + k * col].
+template <class T>
+struct Left {
+  const T* data;
+  int64_t row, col;
+};
+
+// c[r][:] = factors[r] * c[r][:] + a b, for kRows rows and kVecs vectors; the first product where factors is null.
+template <class T, int kRows, int kVecs>
+void register_tile(int64_t depth, Left<T> left, const T* b, int64_t b_row, T* c, int64_t c_row, const T* factors) {
+  Vec<T> sums[kRows][kVecs] = {};
+  if (factors) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) sums[r][v] = load(c + r * c_row + v * kLanes<T>) * factors[r];
+    }
+  }
+  const T* a = left.data;
+  for (int64_t k = 0; k < depth; ++k, a += left.col, b += b_row) {
+    Vec<T> right[kVecs];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) {
+      right[v] = load(b + v * kLanes<T>);
+      // Keeps the vector in a register: with few rows g++ would load it again for every row.
+      if constexpr (kRows <= 4) asm("" : "+x"(right[v]));
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const Vec<T> one = broadcast<T>(a[r * left.row]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) sums[r][v] = fma<T>(one, right[v], sums[r][v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) store(c + r * c_row + v * kLanes<T>, sums[r][v]);
+  }
+}
+
+template <class T, int kRows>
+FASTNETS_INLINE void tile_row(int vecs, int64_t depth, Left<T> a, const T* b, int64_t b_row, T* c, int64_t c_row,
+                              const T* factors) {
+  if (vecs == 1) return register_tile<T, kRows, 1>(depth, a, b, b_row, c, c_row, factors);
+  if (vecs == 2) return register_tile<T, kRows, 2>(depth, a, b, b_row, c, c_row, factors);
+  if constexpr (kTileVecs == 4) {
+    if (vecs == 3) return register_tile<T, kRows, 3>(depth, a, b, b_row, c, c_row, factors);
+    return register_tile<T, kRows, 4>(depth, a, b, b_row, c, c_row, factors);
+  }
+}
+
+// c[rows, cols] = factors * c + a b for at most kGroupRows rows; whole vectors of c are written.
+template <class T>
+void group_product(int64_t rows, int64_t cols, int64_t depth, Left<T> a, const T* b, int64_t b_row, T* c, int64_t c_row,
+                   const T* factors) {
+  for (int64_t at = 0; at < cols; at += kTileVecs * kLanes<T>) {
+    const int vecs = static_cast<int>(smaller(kTileVecs, (cols - at + kLanes<T> - 1) / kLanes<T>));
+    switch (rows) {
+      case 1: tile_row<T, 1>(vecs, depth, a, b + at, b_row, c + at, c_row, factors); break;
+      case 2: tile_row<T, 2>(vecs, depth, a, b + at, b_row, c + at, c_row, factors); break;
+      case 3: tile_row<T, 3>(vecs, depth, a, b + at, b_row, c + at, c_row, factors); break;
+      case 4: tile_row<T, 4>(vecs, depth, a, b + at, b_row, c + at, c_row, factors); break;
+      case 5: tile_row<T, 5>(vecs, depth, a, b + at, b_row, c + at, c_row, factors); break;
+      default: tile_row<T, kGroupRows>(vecs, depth, a, b + at, b_row, c + at, c_row, factors);
+    }
+  }
+}
+
+// Calls body(begin, end) for groups of at most kGroupRows rows, of nearly equal size.
+template <class Body>
+FASTNETS_INLINE void in_groups(int64_t rows, const Body& body) {
+  const int64_t count = (rows + kGroupRows - 1) / kGroupRows;
+  for (int64_t g = 0; g < count; ++g) body(g * rows / count, (g + 1) * rows / count);
+}
+
+// c[rows, cols] (+)= a b.
+template <class T>
+void product(int64_t rows, int64_t cols, int64_t depth, Left<T> a, const T* b, int64_t b_row, T* c, int64_t c_row,
+             bool accumulate) {
+  static constexpr T ones[kGroupRows] = {1, 1, 1, 1, 1, 1};
+  in_groups(rows, [&](int64_t begin, int64_t end) {
+    group_product<T>(end - begin, cols, depth, {a.data + begin * a.row, a.row, a.col}, b, b_row, c + begin * c_row,
+                     c_row, accumulate ? ones : nullptr);
+  });
+}
+
+// ---- scores ----------------------------------------------------------------------------------------------------
+
+// The coefficients of 2^r = sum((ln 2)^i / i! r^i).
+struct Exp2Series {
+  double terms[14] = {1.0};
+  constexpr Exp2Series() {
+    for (int i = 1; i < 14; ++i) terms[i] = terms[i - 1] * kLn2 / i;
+  }
+};
+constexpr Exp2Series kExp2Series;
+
+// 2^x for x <= 127, to about 1 ulp; 0 below the normal range, NaN stays. x = n + r with |r| <= 1/2, and 2^r by its
+// Taylor series.
+template <class T>
+FASTNETS_INLINE Vec<T> exp2(Vec<T> x) {
+  constexpr bool is_double = sizeof(T) == 8;
+  constexpr int degree = is_double ? 13 : 6, mantissa = is_double ? 52 : 23;
+  const T bias = is_double ? T(1023) : T(127), magic = is_double ? T(0x1.8p52) : T(0x1.8p23);
+  x = select<T>(x < broadcast<T>(-bias), broadcast<T>(-bias), x);
+  Vec<T> shifted = x + (magic + bias);  // its low bits are the exponent field of 2^n, whole
+  asm("" : "+x"(shifted));
+  const Vec<T> r = x - (shifted - (magic + bias));
+  Vec<T> y = broadcast<T>(T(kExp2Series.terms[degree]));
+#pragma GCC unroll 16
+  for (int i = degree - 1; i >= 0; --i) y = fma<T>(y, r, broadcast<T>(T(kExp2Series.terms[i])));
+  return y * reinterpret_cast<Vec<T>>(reinterpret_cast<Vec<Int<T>>>(shifted) << mantissa);
+}
+
+template <class T>
+struct Scoring {
+  const Attention& p;
+  T q_factor;  // what q is multiplied with: scores come out in units of log2, or of the soft cap
+  T cap;       // the soft cap in units of log2, or 0
+
+  explicit Scoring(const Attention& params)
+      : p(params),
+        q_factor(static_cast<T>(p.softcap != 0 ? p.scale / p.softcap : p.scale * kLog2E)),
+        cap(static_cast<T>(p.softcap * kLog2E)) {}
+
+  // tanh of a row of capped scores, whole vectors.
+  void squash(T* s, int64_t n) const {
+    for (int64_t c = 0; c < n; c += kLanes<T>) store(s + c, tanh<T>(load(s + c)));
+  }
+
+  // Finishes the scores of query i against keys j0 ... j0 + n: cap, bias, mask, bounds. Whole vectors; what lies
+  // outside is -inf. Expects squashed scores where there is a cap.
+  FASTNETS_INLINE void finish(const Head& h, int64_t i, int64_t j0, int64_t n, T* s) const {
+    if (cap != T(0)) {
+      for (int64_t c = 0; c < n; c += kLanes<T>) store(s + c, load(s + c) * cap);
+    }
+    if (p.mask_kind != MaskKind::kNone) add_mask(h, i, j0, n, s);
+    if (p.slopes) {
+      const T slope = static_cast<const T*>(p.slopes)[h.batch * p.slope_strides[0] + h.head * p.slope_strides[1]];
+      const Vec<T> own = broadcast<T>(static_cast<T>(i + h.offset - j0));
+      for (int64_t c = 0; c < n; c += kLanes<T>) {
+        const Vec<T> distance = absolute<T>(own - T(c) - lane_index<T>());
+        store(s + c, load(s + c) - distance * (slope * T(kLog2E)));
+      }
+    }
+    const int64_t first = h.first(p, i) - j0, last = smaller(h.last(p, i) - j0, n);
+    if (first <= 0 && last == padded<T>(n)) return;
+    const Vec<T> low = broadcast<T>(static_cast<T>(larger(first, 0))), high = broadcast<T>(static_cast<T>(last));
+    for (int64_t c = 0; c < n; c += kLanes<T>) {
+      const Vec<T> at = lane_index<T>() + T(c);
+      Vec<T> x = load(s + c);
+      x = select<T>(at < high, x, broadcast<T>(kMinusInfinity<T>));
+      store(s + c, select<T>(at < low, broadcast<T>(kMinusInfinity<T>), x));
+    }
+  }
+
+  // What dropout multiplies the weights of query i and keys j0 ... j0 + 64 with; j0 is a multiple of 64. As
+  // fastnets/reference/attention.py: the block of random numbers of lane l serves keys l, l + 16, l + 32 and l + 48.
+  void keep(const Head& h, int64_t i, int64_t j0, T* factors) const {
+    constexpr int lanes = 16;
+    uint32_t a[lanes], b[lanes], c[lanes], d[lanes];
+    for (int l = 0; l < lanes; ++l) {
+      a[l] = static_cast<uint32_t>(j0 / kKeys * lanes + l);
+      b[l] = static_cast<uint32_t>(i);
+      c[l] = static_cast<uint32_t>(h.head);
+      d[l] = static_cast<uint32_t>(h.batch);
+    }
+    uint32_t key[2] = {p.seed[0], p.seed[1]};
+    for (int round = 0; round < 10; ++round) {
+      for (int l = 0; l < lanes; ++l) {
+        const uint64_t from_a = uint64_t{a[l]} * 0xD2511F53u, from_c = uint64_t{c[l]} * 0xCD9E8D57u;
+        a[l] = static_cast<uint32_t>(from_c >> 32) ^ b[l] ^ key[0];
+        c[l] = static_cast<uint32_t>(from_a >> 32) ^ d[l] ^ key[1];
+        b[l] = static_cast<uint32_t>(from_c);
+        d[l] = static_cast<uint32_t>(from_a);
+      }
+      key[0] += 0x9E3779B9u;
+      key[1] += 0xBB67AE85u;
+    }
+    const uint32_t threshold = static_cast<uint32_t>(__builtin_rint(p.dropout * 0x1p24));
+    const T factor = p.dropout == 1.0 ? T(0) : T(1.0 / (1.0 - p.dropout));
+    const uint32_t* words[4] = {a, b, c, d};
+    for (int w = 0; w < 4; ++w) {
+      for (int l = 0; l < lanes; ++l) factors[w * lanes + l] = words[w][l] >> 8 >= threshold ? factor : T(0);
+    }
+  }
+
+ private:
+  void add_mask(const Head& h, int64_t i, int64_t j0, int64_t n, T* s) const {
+    const int64_t* strides = p.mask_strides;
+    const int64_t step = strides[3];
+    const int64_t at = h.batch * strides[0] + h.head * strides[1] + i * strides[2] + j0 * step;
+    if (p.mask_kind == MaskKind::kBool) {
+      const uint8_t* mask = static_cast<const uint8_t*>(p.mask) + at;
+      for (int64_t c = 0; c < n; ++c) s[c] = mask[c * step] ? s[c] : kMinusInfinity<T>;
+      return;
+    }
+    with_storage(p.mask_dtype, [&](auto kind) {
+      using S = decltype(kind);
+      const S* mask = static_cast<const S*>(p.mask) + at;
+      if (step == 1) {
+        for (int64_t c = 0; c < n; ++c) s[c] += static_cast<T>(to_float(mask[c])) * T(kLog2E);
+      } else {
+        for (int64_t c = 0; c < n; ++c) s[c] += static_cast<T>(to_float(mask[c * step])) * T(kLog2E);
+      }
+    });
+  }
+};
+
+// The block of rows begin ... end of head h sees keys in [first, last) at most.
+struct Span {
+  int64_t first, last;
+};
+inline Span visible(const Attention& p, const Head& h, int64_t begin, int64_t end) {
+  return {h.first(p, begin), h.last(p, end - 1)};
+}
+
+}  // namespace fastnets::FASTNETS_ISA

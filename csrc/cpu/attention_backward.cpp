@@ -1,0 +1,296 @@
+// Attention backward: tiles of 64 queries by 64 keys whose weights are recomputed from the log-sum-exp
+// (FlashAttention, https://arxiv.org/abs/2205.14135, algorithm 4). One unit of work owns a head of k and v, so that
+// every sum is in a fixed order; the mask's gradient, whose sums run across heads, is a pass of its own.
+
+#include "attention.h"
+
+namespace fastnets::FASTNETS_ISA {
+namespace {
+
+constexpr int kRows = 64;  // queries in a tile
+
+template <class T>
+struct Tile {
+  const AttentionBackward& p;
+  const Scoring<T> scoring;
+  const int64_t width, out_width;
+  T *q, *grad_out, *out;                // [kRows, d], scaled; [kRows, dv]
+  T *keys, *keys_across;                // [kKeys, d], [d, kKeys]
+  T* values_across;                     // [dv, kKeys]
+  T *weights, *grad_scores, *squashed;  // [kRows, kKeys]
+  T *grad_k, *grad_v;                   // [kKeys, d], [kKeys, dv]
+  T* keep;                              // [kKeys]
+
+  explicit Tile(const AttentionBackward& params)
+      : p(params), scoring(params), width(padded<T>(params.d)), out_width(padded<T>(params.dv)) {
+    const int64_t tile = kRows * kKeys;
+    const int64_t counts[] = {
+        kRows * width, kRows * out_width, kRows * out_width, kKeys * width, p.d * kKeys, p.dv * kKeys, tile, tile,
+        tile,          kKeys * width,     kKeys * out_width, kKeys};
+    T** const pieces[] = {&q,       &grad_out,    &out,      &keys,   &keys_across, &values_across,
+                          &weights, &grad_scores, &squashed, &grad_k, &grad_v,      &keep};
+    size_t bytes = 0;
+    for (const int64_t count : counts) bytes += Arena::bytes<T>(count);
+    Arena arena(0, bytes);
+    for (int i = 0; i < 12; ++i) *pieces[i] = arena.take<T>(counts[i]);
+  }
+
+  void load_grad_out(const Head& h, int64_t i0, int64_t rows) {
+    load_rows<T>(p.dtype, p.grad_out.data, h.at_q(p.grad_out, i0), p.grad_out.row, rows, p.dv, T(1), grad_out);
+  }
+  void load_queries(const Head& h, int64_t i0, int64_t rows) {
+    load_rows<T>(p.dtype, p.q.data, h.at_q(p.q, i0), p.q.row, rows, p.d, scoring.q_factor, q);
+    load_grad_out(h, i0, rows);
+  }
+  void load_keys(const Head& h, int64_t j0, int64_t n) {
+    load_transposed<T>(p.dtype, p.k.data, h.at_k(p.k, j0), p.k.row, n, p.d, keys_across);
+    load_transposed<T>(p.dtype, p.v.data, h.at_k(p.v, j0), p.v.row, n, p.dv, values_across);
+  }
+
+  // For rows i0 ... of grad_out already loaded: what the softmax subtracts, sum(grad_out * out) - grad_lse, and the
+  // log-sum-exp in log2, with which an empty row's weights are 2^-inf.
+  void row_terms(const Head& h, int64_t i0, int64_t rows, T* subtract, T* shift) {
+    load_rows<T>(p.dtype, p.out.data, h.at_q(p.out, i0), p.out.row, rows, p.dv, T(1), out);
+    const int64_t at = h.at_lse(p, i0);
+    for (int64_t r = 0; r < rows; ++r) {
+      Vec<T> dots{};
+      for (int64_t c = 0; c < out_width; c += kLanes<T>) {
+        dots = fma<T>(load(grad_out + r * out_width + c), load(out + r * out_width + c), dots);
+      }
+      subtract[r] = reduce_add<T>(dots) - (p.grad_lse ? static_cast<const T*>(p.grad_lse)[at + r] : T(0));
+      const T lse = static_cast<const T*>(p.lse)[at + r];
+      shift[r] = lse == kMinusInfinity<T> ? -kMinusInfinity<T> : static_cast<T>(lse * kLog2E);
+    }
+  }
+
+  // Of the loaded queries and keys: the weights (after dropout), and the gradient of the scores as the mask meets them.
+  void run(const Head& h, int64_t i0, int64_t rows, int64_t j0, int64_t n, const T* subtract, const T* shift) {
+    product<T>(rows, n, p.d, {q, width, 1}, keys_across, kKeys, weights, kKeys, false);
+    product<T>(rows, n, p.dv, {grad_out, out_width, 1}, values_across, kKeys, grad_scores, kKeys, false);
+    for (int64_t r = 0; r < rows; ++r) {
+      T *s = weights + r * kKeys, *grad = grad_scores + r * kKeys;
+      if (scoring.cap != T(0)) {
+        scoring.squash(s, n);
+        std::memcpy(squashed + r * kKeys, s, kKeys * sizeof(T));
+      }
+      scoring.finish(h, i0 + r, j0, n, s);
+      if (p.grad_weights) add_grad_weights(((h.batch * p.heads + h.head) * p.lq + i0 + r) * p.lk + j0, n, grad);
+      if (p.dropout != 0) scoring.keep(h, i0 + r, j0, keep);
+      for (int64_t c = 0; c < n; c += kLanes<T>) {
+        const Vec<T> weight = exp2<T>(load(s + c) - shift[r]);
+        const Vec<T> factor = p.dropout != 0 ? load(keep + c) : broadcast<T>(T(1));
+        store(s + c, weight * factor);
+        store(grad + c, weight * (load(grad + c) * factor - subtract[r]));
+      }
+    }
+  }
+
+  // From the gradient of the capped scores to that of the product q k.
+  void uncap(int64_t rows, int64_t n) {
+    if (scoring.cap == T(0)) return;
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = r * kKeys; c < r * kKeys + n; c += kLanes<T>) {
+        const Vec<T> t = load(squashed + c);
+        store(grad_scores + c, load(grad_scores + c) * (T(1) - t * t));
+      }
+    }
+  }
+
+ private:
+  void add_grad_weights(int64_t at, int64_t n, T* grad) const {
+    with_stored<T>(p.dtype, [&](auto kind) {
+      using S = decltype(kind);
+      const S* from = static_cast<const S*>(p.grad_weights) + at;
+      for (int64_t c = 0; c < n; ++c) grad[c] += to_float(from[c]);
+    });
+  }
+};
+
+template <class T>
+void store_grad_q(const AttentionBackward& p, const Head& h, const T* sum) {
+  const T scale = static_cast<T>(p.scale);
+  store_rows<T>(p.dtype, p.grad_q.data, h.at_q(p.grad_q, 0), p.grad_q.row, h.lq, p.d, sum, padded<T>(p.d), &scale, 0);
+}
+
+// Keys' blocks split, split + splits, ... of one head of k and v.
+template <class T>
+void backward_unit(const AttentionBackward& p, int64_t batch, int64_t kv_head, int64_t split) {
+  Tile<T> tile(p);
+  const int64_t width = tile.width, out_width = tile.out_width;
+  const Head group(p, batch, kv_head * p.groups);
+  const int64_t per_head = group.lq * width, rows_in_all = p.groups * group.lq;
+  const size_t sums = p.splits == 1 ? Arena::bytes<T>(p.groups * per_head) : 0;
+  Arena arena(1, sums + 2 * Arena::bytes<T>(rows_in_all));
+  T* subtract = arena.take<T>(rows_in_all);
+  T* shift = arena.take<T>(rows_in_all);
+  T* grad_q = p.splits == 1 ? arena.take<T>(p.groups * per_head)
+                            : static_cast<T*>(p.partial_grad_q) +
+                                  ((batch * p.heads / p.groups + kv_head) * p.splits + split) * p.groups * per_head;
+  for (int64_t x = 0; x < p.groups * per_head; x += kLanes<T>) store(grad_q + x, Vec<T>{});
+  for (int64_t g = 0; g < p.groups; ++g) {
+    const Head h(p, batch, kv_head * p.groups + g);
+    for (int64_t i0 = 0; i0 < h.lq; i0 += kRows) {
+      const int64_t rows = smaller(kRows, h.lq - i0);
+      tile.load_grad_out(h, i0, rows);
+      tile.row_terms(h, i0, rows, subtract + g * h.lq + i0, shift + g * h.lq + i0);
+    }
+  }
+
+  for (int64_t j0 = split * kKeys; j0 < group.lk; j0 += p.splits * kKeys) {
+    const int64_t n = smaller(kKeys, group.lk - j0);
+    tile.load_keys(group, j0, n);
+    load_rows<T>(p.dtype, p.k.data, group.at_k(p.k, j0), p.k.row, n, p.d, T(1), tile.keys);
+    for (int64_t x = 0; x < kKeys * width; x += kLanes<T>) store(tile.grad_k + x, Vec<T>{});
+    for (int64_t x = 0; x < kKeys * out_width; x += kLanes<T>) store(tile.grad_v + x, Vec<T>{});
+    for (int64_t g = 0; g < p.groups; ++g) {
+      const Head h(p, batch, kv_head * p.groups + g);
+      for (int64_t i0 = 0; i0 < h.lq; i0 += kRows) {
+        const int64_t rows = smaller(kRows, h.lq - i0), row = g * h.lq + i0;
+        const Span span = visible(p, h, i0, i0 + rows);
+        if (span.first >= j0 + n || span.last <= j0) continue;
+        tile.load_queries(h, i0, rows);
+        tile.run(h, i0, rows, j0, n, subtract + row, shift + row);
+        tile.uncap(rows, n);
+        product<T>(n, p.dv, rows, {tile.weights, 1, kKeys}, tile.grad_out, out_width, tile.grad_v, out_width, true);
+        product<T>(n, p.d, rows, {tile.grad_scores, 1, kKeys}, tile.q, width, tile.grad_k, width, true);
+        product<T>(rows, p.d, n, {tile.grad_scores, kKeys, 1}, tile.keys, width, grad_q + row * width, width, true);
+      }
+    }
+    // Of q only q * q_factor was at hand: what that leaves out of scale.
+    const T one = 1, rest = static_cast<T>(p.softcap != 0 ? p.softcap : kLn2);
+    store_rows<T>(p.dtype, p.grad_k.data, group.at_k(p.grad_k, j0), p.grad_k.row, n, p.d, tile.grad_k, width, &rest, 0);
+    store_rows<T>(p.dtype, p.grad_v.data, group.at_k(p.grad_v, j0), p.grad_v.row, n, p.dv, tile.grad_v, out_width, &one,
+                  0);
+  }
+  if (p.splits != 1) return;
+  for (int64_t g = 0; g < p.groups; ++g) {
+    store_grad_q<T>(p, Head(p, batch, kv_head * p.groups + g), grad_q + g * per_head);
+  }
+}
+
+// Adds the splits' sums for one query head.
+template <class T>
+void join_splits(const AttentionBackward& p, int64_t batch, int64_t head) {
+  const Head h(p, batch, head);
+  const int64_t size = h.lq * padded<T>(p.d), step = p.groups * size;
+  T* sum = static_cast<T*>(p.partial_grad_q) +
+           ((batch * p.heads / p.groups + h.kv_head) * p.splits * p.groups + head % p.groups) * size;
+  for (int64_t split = 1; split < p.splits; ++split) {
+    for (int64_t x = 0; x < size; x += kLanes<T>) store(sum + x, load(sum + x) + load(sum + split * step + x));
+  }
+  store_grad_q<T>(p, h, sum);
+}
+
+// ---- the mask's gradient ---------------------------------------------------------------------------------------
+
+// The range that a dimension of the mask stands for: one index, or all of them where the mask has size 1.
+struct Range {
+  int64_t begin, end;
+};
+
+// sum += tile, its rows, its columns or both added up first.
+template <class T>
+void add_tile(int64_t rows, int64_t cols, const T* tile, bool one_row, bool one_col, T* sum) {
+  for (int64_t c = 0; c < cols; c += kLanes<T>) {
+    Vec<T> column{};
+    for (int64_t r = 0; r < rows; ++r) {
+      const Vec<T> x = keep_first<T>(load(tile + r * kKeys + c), static_cast<int>(smaller(kLanes<T>, cols - c)), T(0));
+      if (one_row) {
+        column += x;
+      } else if (one_col) {
+        sum[r * kKeys] += reduce_add<T>(x);
+      } else {
+        store(sum + r * kKeys + c, load(sum + r * kKeys + c) + x);
+      }
+    }
+    if (one_row && one_col) {
+      sum[0] += reduce_add<T>(column);
+    } else if (one_row) {
+      store(sum + c, load(sum + c) + column);
+    }
+  }
+}
+
+// The part of the mask's gradient at (b, h, rows from i0, columns from j0), in the mask's own indices.
+template <class T>
+void mask_unit(const AttentionBackward& p, int64_t b, int64_t h, int64_t i0, int64_t j0) {
+  Tile<T> tile(p);
+  const auto range = [](int64_t size, int64_t full, int64_t at, int64_t step) {
+    return size == 1 ? Range{0, full} : Range{at, smaller(full, at + step)};
+  };
+  const int64_t* sizes = p.mask_sizes;
+  const Range batches = range(sizes[0], p.batch, b, 1), heads = range(sizes[1], p.heads, h, 1);
+  const Range rows = range(sizes[2], p.lq, i0, kRows), keys = range(sizes[3], p.lk, j0, kKeys);
+  Arena arena(1, Arena::bytes<T>(kRows * kKeys) + 2 * Arena::bytes<T>(kRows));
+  T* sum = arena.take<T>(kRows * kKeys);
+  T *subtract = arena.take<T>(kRows), *shift = arena.take<T>(kRows);
+  for (int64_t x = 0; x < kRows * kKeys; x += kLanes<T>) store(sum + x, Vec<T>{});
+
+  for (int64_t batch = batches.begin; batch < batches.end; ++batch) {
+    for (int64_t head = heads.begin; head < heads.end; ++head) {
+      const Head at(p, batch, head);
+      for (int64_t i = rows.begin; i < rows.end; i += kRows) {
+        const int64_t ni = smaller(kRows, rows.end - i);
+        const Span span = visible(p, at, i, i + ni);
+        tile.load_queries(at, i, ni);
+        tile.row_terms(at, i, ni, subtract, shift);
+        for (int64_t j = keys.begin; j < keys.end; j += kKeys) {
+          const int64_t nj = smaller(kKeys, keys.end - j);
+          if (span.first >= j + nj || span.last <= j) continue;
+          tile.load_keys(at, j, nj);
+          tile.run(at, i, ni, j, nj, subtract, shift);
+          add_tile(ni, nj, tile.grad_scores, sizes[2] == 1, sizes[3] == 1, sum);
+        }
+      }
+    }
+  }
+
+  const int64_t height = sizes[2] == 1 ? 1 : rows.end - rows.begin, across = sizes[3] == 1 ? 1 : keys.end - keys.begin;
+  with_storage(p.mask_dtype, [&](auto kind) {
+    using S = decltype(kind);
+    S* to = static_cast<S*>(p.grad_mask) + ((b * sizes[1] + h) * sizes[2] + i0) * sizes[3] + j0;
+    for (int64_t r = 0; r < height; ++r) {
+      for (int64_t c = 0; c < across; ++c) {
+        to[r * sizes[3] + c] = from_float<S>(static_cast<Compute<S>>(sum[r * kKeys + c]));
+      }
+    }
+  });
+}
+
+template <class T>
+void mask_gradient(const AttentionBackward& p) {
+  const int64_t* sizes = p.mask_sizes;
+  const int64_t row_blocks = (sizes[2] + kRows - 1) / kRows, key_blocks = (sizes[3] + kKeys - 1) / kKeys;
+  parallel(sizes[0] * sizes[1] * row_blocks * key_blocks, 1, [&](int64_t first, int64_t last) {
+    for (int64_t unit = first; unit < last; ++unit) {
+      const int64_t row = unit / key_blocks, head = row / row_blocks;
+      mask_unit<T>(p, head / sizes[1], head % sizes[1], row % row_blocks * kRows, unit % key_blocks * kKeys);
+    }
+  });
+}
+
+}  // namespace
+
+void attention_backward(const AttentionBackward& p) {
+  constexpr double least_work = 1 << 16;  // multiply-adds worth waking a thread for
+  with_compute(p.dtype, [&](auto kind) {
+    using T = decltype(kind);
+    const int64_t kv_heads = p.heads / p.groups;
+    const double work = 3.0 * p.lq * p.lk * p.groups * (p.d + p.dv + 1) / (p.starts_q ? p.batch : p.splits);
+    const int64_t grain = static_cast<int64_t>(least_work / (work + 1)) + 1;
+    parallel(p.batch * kv_heads * p.splits, grain, [&](int64_t first, int64_t last) {
+      for (int64_t unit = first; unit < last; ++unit) {
+        const int64_t head = unit / p.splits;
+        backward_unit<T>(p, head / kv_heads, head % kv_heads, unit % p.splits);
+      }
+    });
+    if (p.splits != 1) {
+      parallel(p.batch * p.heads, 1, [&](int64_t first, int64_t last) {
+        for (int64_t unit = first; unit < last; ++unit) join_splits<T>(p, unit / p.heads, unit % p.heads);
+      });
+    }
+    if (p.grad_mask) mask_gradient<T>(p);
+  });
+}
+
+}  // namespace fastnets::FASTNETS_ISA

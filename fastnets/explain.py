@@ -197,7 +197,7 @@ def _others(named: Mapping[torch.nn.Module, str]) -> tuple[Other, ...]:
 
 def _why_not_ours(module: torch.nn.Module) -> str | None:
     """Why a layer of torch runs none of our code; None for ours, and for what is no layer of torch."""
-    if isinstance(module, tuple(TABLE.values())):
+    if isinstance(module, (*TABLE.values(), torch.nn.Sequential, torch.nn.ModuleList, torch.nn.ModuleDict)):
         return None
     if convertible(module):
         return "fastnets.convert makes it ours"

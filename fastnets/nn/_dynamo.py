@@ -23,15 +23,22 @@ class _OnImport(importlib.abc.MetaPathFinder):
 
         def exec_module(module):
             execute(module)
-            module.allow_rnn = True
+            _allow(module)
 
         spec.loader.exec_module = exec_module
         return spec
 
 
+def _allow(config) -> None:
+    config.allow_rnn = True
+    entry = getattr(config, "_config", {}).get("allow_rnn")
+    if entry is not None:  # what is assigned counts in the assigning thread only, the default in every one
+        entry.default = True
+
+
 def allow_recurrent_modules() -> None:
     """Sets torch._dynamo.config.allow_rnn, now or as soon as torch._dynamo is imported."""
     if _CONFIG in sys.modules:
-        sys.modules[_CONFIG].allow_rnn = True
+        _allow(sys.modules[_CONFIG])
     else:
         sys.meta_path.insert(0, _OnImport())

@@ -21,7 +21,7 @@ from ._common import add_selection, console, output_file, selects, write
 
 FAMILIES = (*testing.FAMILIES, NETWORK)
 
-_SECONDS, _QUICK_SECONDS = 100, 25
+_SECONDS, _QUICK_SECONDS = 60, 20
 _LEAST = 0.1
 """Seconds a row, when the time is up."""
 

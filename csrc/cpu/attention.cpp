@@ -26,24 +26,6 @@ struct Block {
   }
 };
 
-// One row's scores become weights relative to the running maximum; returns what the former sums shrink by, in log2.
-template <class T>
-FASTNETS_INLINE T absorb(T* s, int64_t n, T* largest, T* row_sum) {
-  Vec<T> top = load(s);
-  for (int64_t c = kLanes<T>; c < n; c += kLanes<T>) top = maximum<T>(load(s + c), top);
-  const T block = reduce_max<T>(top), before = *largest, now = block > before ? block : before;
-  const T shift = now == kMinusInfinity<T> ? T(0) : now;  // nothing seen so far: every weight is 2^-inf = 0
-  Vec<T> total{};
-  for (int64_t c = 0; c < n; c += kLanes<T>) {
-    const Vec<T> e = exp2<T>(load(s + c) - shift);
-    store(s + c, e);
-    total += e;
-  }
-  *largest = now;
-  *row_sum = reduce_add<T>(total);
-  return before - shift;
-}
-
 // Rows begin ... end of one head.
 template <class T>
 void forward_rows(const AttentionForward& p, const Head& h, int64_t begin, int64_t end) {

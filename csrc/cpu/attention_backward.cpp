@@ -48,13 +48,14 @@ struct Tile {
   }
 
   // For rows i0 ... of grad_out already loaded: what the softmax subtracts, sum(grad_out * out) - grad_lse, and the
-  // log-sum-exp in log2, with which an empty row's weights are 2^-inf.
+  // log-sum-exp in log2, with which an empty row's weights are 2^-inf. Of the former only -grad_lse where a tile
+  // sees the whole row: it needs neither out nor lse, whose rounding tells where scores are large.
   void row_terms(const Head& h, int64_t i0, int64_t rows, T* subtract, T* shift) {
-    load_rows<T>(p.dtype, p.out.data, h.at_q(p.out, i0), p.out.row, rows, p.dv, T(1), out);
     const int64_t at = h.at_lse(p, i0);
+    if (!whole(h)) load_rows<T>(p.dtype, p.out.data, h.at_q(p.out, i0), p.out.row, rows, p.dv, T(1), out);
     for (int64_t r = 0; r < rows; ++r) {
       Vec<T> dots{};
-      for (int64_t c = 0; c < out_width; c += kLanes<T>) {
+      for (int64_t c = 0; c < (whole(h) ? 0 : out_width); c += kLanes<T>) {
         dots = fma<T>(load(grad_out + r * out_width + c), load(out + r * out_width + c), dots);
       }
       subtract[r] = reduce_add<T>(dots) - (p.grad_lse ? static_cast<const T*>(p.grad_lse)[at + r] : T(0));
@@ -76,11 +77,19 @@ struct Tile {
       scoring.finish(h, i0 + r, j0, n, s);
       if (p.grad_weights) add_grad_weights(((h.batch * p.heads + h.head) * p.lq + i0 + r) * p.lk + j0, n, grad);
       if (p.dropout != 0) scoring.keep(h, i0 + r, j0, keep);
+      T less = subtract[r], inverse = 1;
+      if (whole(h)) {
+        T largest = kMinusInfinity<T>, sum;
+        absorb<T>(s, n, &largest, &sum);
+        inverse = sum == T(0) ? T(0) : T(1) / sum;
+        Vec<T> dots{};
+        for (int64_t c = 0; c < n; c += kLanes<T>) dots = fma<T>(load(s + c) * factors(c), load(grad + c), dots);
+        less += reduce_add<T>(dots) * inverse;
+      }
       for (int64_t c = 0; c < n; c += kLanes<T>) {
-        const Vec<T> weight = exp2<T>(load(s + c) - shift[r]);
-        const Vec<T> factor = p.dropout != 0 ? load(keep + c) : broadcast<T>(T(1));
+        const Vec<T> weight = whole(h) ? load(s + c) * inverse : exp2<T>(load(s + c) - shift[r]), factor = factors(c);
         store(s + c, weight * factor);
-        store(grad + c, weight * (load(grad + c) * factor - subtract[r]));
+        store(grad + c, weight * (load(grad + c) * factor - less));
       }
     }
   }
@@ -97,6 +106,11 @@ struct Tile {
   }
 
  private:
+  // One tile sees all of a row's keys. (With grad_weights, their part in what is subtracted is in grad_lse.)
+  bool whole(const Head& h) const { return h.lk <= kKeys && !p.grad_weights; }
+
+  FASTNETS_INLINE Vec<T> factors(int64_t c) const { return p.dropout != 0 ? load(keep + c) : broadcast<T>(T(1)); }
+
   void add_grad_weights(int64_t at, int64_t n, T* grad) const {
     with_stored<T>(p.dtype, [&](auto kind) {
       using S = decltype(kind);

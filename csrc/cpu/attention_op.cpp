@@ -64,7 +64,7 @@ void fill(Attention& p, const Tensor& q, const Tensor& k, const Tensor& v, const
   for (int64_t d = 0; d < 3; ++d) check_size(v, d, k.size(d), "v");
   check_size(k, 0, q.size(0), "k");
   check_size(k, 3, p.d, "k");
-  STD_TORCH_CHECK(k.size(1) > 0 ? p.heads % k.size(1) == 0 : p.heads == 0, "k's heads must divide q's");
+  STD_TORCH_CHECK(k.size(1) > 0 ? p.heads > 0 && p.heads % k.size(1) == 0 : p.heads == 0, "k's heads must divide q's");
   p.groups = k.size(1) > 0 ? p.heads / k.size(1) : 1;
   STD_TORCH_CHECK(x.starts_q.has_value() == x.starts_k.has_value(), "starts_q and starts_k go together");
   p.batch = x.starts_q ? x.starts_q->numel() - 1 : q.size(0);
@@ -200,7 +200,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     partial = torch::stable::new_empty(q, {shape.data(), shape.size()}, lse_dtype(p));
     p.partial_grad_q = partial->data_ptr();
   }
-  if (p.batch * p.heads > 0) kernels().attention_backward(p);
+  kernels().attention_backward(p);  // of nothing, too: a mask of size 1 has a gradient, of zeros
   return {grad_q, grad_k, grad_v, grad_mask};
 }
 

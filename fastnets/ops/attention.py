@@ -116,6 +116,8 @@ def attention(
     q, k, v, bias = _autocast.lower(q, k, v, mask if additive else None)
     mask = bias if additive else mask
     _check_heads(q, k, v)
+    if q.size(1) == 0:  # no query head shares the heads of k and v: the kernels need not see them
+        k, v = k[:, :0], v[:, :0]
     varlen = starts_q is not None or starts_k is not None
     expect(0.0 <= dropout <= 1.0, "dropout_p", "a probability in [0, 1]", dropout)
     expect(softcap >= 0.0, "softcap", "a number that is not negative", softcap)

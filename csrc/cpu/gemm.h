@@ -228,6 +228,7 @@ void gemm_serial(int64_t m, int64_t n, int64_t k, View<A> a, View<B> b, T* c, in
 // c[m, n] (+)= a[m, k] b[k, n] on torch's threads, split along the longer side of c. Deterministic: k is never split.
 template <class T, class A, class B>
 void gemm(int64_t m, int64_t n, int64_t k, View<A> a, View<B> b, T* c, int64_t c_row, bool accumulate) {
+  if (m == 0 || n == 0) return;
   constexpr int64_t least_work = int64_t{1} << 18;  // multiply-adds worth waking a thread for
   const bool by_rows = m >= n;
   const int64_t unit = by_rows ? kTileRows : kTileCols<T>;

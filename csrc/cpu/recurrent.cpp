@@ -16,16 +16,19 @@ struct Forward {
   const GateLayout layout = gate_layout(s.cell, s.hidden);
   const int64_t h_row = round_up(s.output, kWidth), c_row = round_up(s.hidden, kWidth);
   const int64_t chunk = chunk_steps(s);
+  const bool once = reads_weights_once(s);
   Rows rows{};
   Panels<T> recurrent{}, projection{};
+  T* products;  // [B, G H], with `once`: those with h0
   T *bias, *h_now, *h_next, *c, *unprojected, *gates_chunk;
 
   explicit Forward(const RecurrentForward& params) : p(params) {}
 
   void place(Arena& arena) {
     rows.place(s, arena);
-    recurrent.place(s.output, s.hidden, layout.gates, arena);
-    if (p.w_hr != nullptr) projection.place(s.hidden, s.output, 1, arena);
+    recurrent.place(s.output, s.hidden, layout.gates, !once, arena);
+    if (p.w_hr != nullptr) projection.place(s.hidden, s.output, 1, true, arena);
+    products = arena.take<T>(once ? s.batch * layout.recurrents : 0);
     bias = arena.take<T>(layout.columns + kWidth);
     h_now = arena.take<T>(s.batch * h_row);
     h_next = arena.take<T>(s.batch * h_row);
@@ -46,7 +49,12 @@ struct Forward {
   }
 
   void prepare() {
-    recurrent.pack_transposed(static_cast<const S*>(p.w_hh));
+    if (once) {
+      multiply_transposed<T>(s.batch, layout.recurrents, s.output, static_cast<const S*>(p.h0), s.output,
+                             static_cast<const S*>(p.w_hh), products, layout.recurrents, false);
+    } else {
+      recurrent.pack_transposed(static_cast<const S*>(p.w_hh));
+    }
     if (p.w_hr != nullptr) projection.pack_transposed(static_cast<const S*>(p.w_hr));
     std::memset(bias, 0, (layout.columns + kWidth) * sizeof(T));
     if (p.b_ih != nullptr) {
@@ -74,21 +82,33 @@ struct Forward {
     }
     if (s.lengths == nullptr) return;
     for (int64_t b = 0; b < s.batch; ++b) {
-      for (int64_t t = rows.length_of(b); t < s.steps; ++t) {
-        std::memset(static_cast<S*>(p.y) + (t * s.batch + b) * s.output, 0, s.output * sizeof(S));
-      }
+      for (int64_t t = rows.length_of(b); t < s.steps; ++t) clear(t * s.batch + b);
     }
+  }
+
+  // What a row that rests leaves behind.
+  void clear(int64_t row) {
+    std::memset(static_cast<S*>(p.y) + row * s.output, 0, s.output * sizeof(S));
+    if (p.gates != nullptr) {
+      std::memset(static_cast<T*>(p.gates) + row * layout.columns, 0, layout.columns * sizeof(T));
+    }
+    if (p.cells != nullptr) std::memset(static_cast<T*>(p.cells) + row * s.hidden, 0, s.hidden * sizeof(T));
   }
 
   // Steps [begin, end), whose times make up one stretch from `low` on.
   void run_chunk(int64_t begin, int64_t end) {
     const int64_t low = s.reverse ? rows.time(end - 1) : begin, count = (end - begin) * s.batch;
     T* gates = saves_gates() ? static_cast<T*>(p.gates) + low * s.batch * layout.columns : gates_chunk;
-    const View<S> x{static_cast<const S*>(p.x) + low * s.batch * s.input, s.input, 1};
+    const S* x = static_cast<const S*>(p.x) + low * s.batch * s.input;
     for (int i = 0; i < layout.block_count; ++i) {
       const InputBlock& block = layout.blocks[i];
-      const View<S> w{static_cast<const S*>(p.w_ih) + block.weight * s.input, 1, s.input};
-      gemm<T>(count, block.count, s.input, x, w, gates + block.gate, layout.columns, false);
+      const S* w = static_cast<const S*>(p.w_ih) + block.weight * s.input;
+      T* to = gates + block.gate;
+      if (once) {
+        multiply_transposed<T>(count, block.count, s.input, x, s.input, w, to, layout.columns, false);
+      } else {
+        gemm<T>(count, block.count, s.input, View<S>{x, s.input, 1}, View<S>{w, 1, s.input}, to, layout.columns, false);
+      }
     }
     switch (s.cell) {
       case Cell::kLstm: return run_cells(begin, end, low, gates, [&](auto... at) { lstm(at...); });
@@ -103,23 +123,25 @@ struct Forward {
   // cell(step, t, row, unit, units, sums, sums' stride between gates, the row's gates) does one vector of units.
   template <class Cells>
   FASTNETS_INLINE void run_cells(int64_t begin, int64_t end, int64_t low, T* gates, const Cells& cell) {
-    const Stage cells{
-        recurrent.count(), [&](int64_t step, int64_t row, int64_t past, int64_t panel, int64_t last) {
-          const int64_t t = rows.time(step);
-          const auto finish = [&](int64_t at, int64_t first, int64_t end_row, const T* sums) {
-            const int64_t unit = at * recurrent.units_of_panel();
-            const int vectors = recurrent.vectors(at) / recurrent.gates;
-            for (int64_t b = first; b < end_row; ++b, sums += recurrent.vectors(at) * kWidth) {
-              if (!rows.runs(t, b)) continue;
-              T* row_gates = gates + ((t - low) * s.batch + b) * layout.columns;
-              for (int v = 0; v < vectors; ++v) {
-                const int64_t j = unit + v * kWidth;
-                cell(step, t, b, j, static_cast<int>(at_most(kWidth, s.hidden - j)), sums + v * kWidth, row_gates + j);
-              }
-            }
-          };
-          multiply_panels(recurrent, h_of(step), h_row, row, at_most(past, rows.running_at(t)), panel, last, finish);
-        }};
+    const Stage cells{recurrent.count(), [&](int64_t step, int64_t row, int64_t past, int64_t panel, int64_t last) {
+                        const int64_t t = rows.time(step);
+                        const auto finish = [&](int64_t at, int64_t first, int64_t end_row, const T* sums) {
+                          const int64_t unit = at * recurrent.units_of_panel();
+                          const int vectors = recurrent.vectors(at) / recurrent.gates;
+                          for (int64_t b = first; b < end_row; ++b, sums += recurrent.vectors(at) * kWidth) {
+                            if (!rows.runs(t, b)) continue;
+                            T* row_gates = gates + ((t - low) * s.batch + b) * layout.columns;
+                            for (int v = 0; v < vectors; ++v) {
+                              const int64_t j = unit + v * kWidth;
+                              cell(step, t, b, j, static_cast<int>(at_most(kWidth, s.hidden - j)), sums + v * kWidth,
+                                   row_gates + j);
+                            }
+                          }
+                        };
+                        past = at_most(past, rows.running_at(t));
+                        if (once) return visit_products(recurrent, products, row, past, panel, last, finish);
+                        multiply_panels(recurrent, h_of(step), h_row, row, past, panel, last, finish);
+                      }};
     const int64_t weights = recurrent.depth * layout.recurrents;
     if (p.w_hr == nullptr) return run_steps(begin, end, s.batch, weights, cells);
     const Stage project{projection.count(), [&](int64_t step, int64_t row, int64_t past, int64_t panel, int64_t last) {

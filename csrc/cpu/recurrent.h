@@ -2,13 +2,15 @@
 #pragma once
 
 #include "../cells.h"
-#include "gemm.h"
+#include "few_rows.h"
 
 namespace fastnets::FASTNETS_ISA {
 
 // Rows (steps x batch) that one product over many steps covers at least, where the sequence has as many: enough to
 // amortise packing its weights, few enough that its result stays in the second- or third-level cache.
 constexpr int64_t kChunkRows = 1024;
+// A single step of a few rows uses its weights once: packing them would cost more than it gains.
+inline bool reads_weights_once(const RecurrentShape& s) { return s.steps == 1 && s.batch <= kFewRows; }
 inline int64_t chunk_steps(const RecurrentShape& s) { return at_most(s.steps, kChunkRows / (s.batch + 1) + 1); }
 
 template <class T>
@@ -109,9 +111,10 @@ struct Panels {
   int64_t depth, units;
   int gates;
 
-  void place(int64_t d, int64_t n, int g, Arena& arena) {
+  // `used`: false where the weights are to be read where they lie.
+  void place(int64_t d, int64_t n, int g, bool used, Arena& arena) {
     depth = d, units = n, gates = g;
-    data = arena.take<T>(count() * depth * gates * units_of_panel());
+    data = arena.take<T>(used ? count() * depth * gates * units_of_panel() : 0);
   }
   int64_t units_of_panel() const { return (gates == 1 ? kMaxVectors : 1) * kLanes<T>; }
   int64_t count() const { return (units + units_of_panel() - 1) / units_of_panel(); }
@@ -165,7 +168,11 @@ void panel_product(int64_t depth, const T* __restrict a, int64_t a_row, const T*
   for (int64_t p = 0; p < depth; ++p, w += kVectors * kLanes<T>) {
     Vec<T> right[kVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) right[v] = load(w + v * kLanes<T>);
+    for (int v = 0; v < kVectors; ++v) {
+      right[v] = load(w + v * kLanes<T>);
+      // One or two rows are bound by reading the weights: ahead of what the hardware fetches by itself.
+      if constexpr (kRows <= 2) __builtin_prefetch(w + (8 * kVectors + v) * kLanes<T>);
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const Vec<T> left = broadcast<T>(a[r * a_row + p]);
@@ -225,6 +232,25 @@ FASTNETS_INLINE void multiply_panels(const Panels<T>& w, const T* a, int64_t a_r
         }
       }
       finish(panel, first, past, sums);
+    }
+  }
+}
+
+// As multiply_panels, of products[rows, gates x units] that are there already.
+template <class T, class Finish>
+void visit_products(const Panels<T>& w, const T* products, int64_t row_begin, int64_t row_end, int64_t panel_begin,
+                    int64_t panel_end, const Finish& finish) {
+  alignas(kVectorBytes) T sums[kMaxTile * kLanes<T>];
+  for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+    const int64_t first = panel * w.units_of_panel();
+    const int vectors = w.vectors(panel), width = vectors / w.gates;
+    for (int64_t b = row_begin; b < row_end; ++b) {
+      for (int v = 0; v < vectors; ++v) {
+        const int64_t j = first + v % width * kLanes<T>;
+        const T* from = products + b * w.gates * w.units + v / width * w.units + j;
+        store(sums + v * kLanes<T>, load_lanes(from, static_cast<int>(at_most(kLanes<T>, w.units - j))));
+      }
+      finish(panel, b, b + 1, sums);
     }
   }
 }

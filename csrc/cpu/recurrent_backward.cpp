@@ -19,6 +19,7 @@ struct Backward {
   const bool projects = p.w_hr != nullptr, wants_weights = p.grad_w_ih != nullptr;
   const int64_t h_row = round_up(s.output, kWidth), c_row = round_up(s.hidden, kWidth);
   const int64_t chunk = chunk_steps(s);
+  const bool once = reads_weights_once(s);
   Rows rows{};
   Panels<T> recurrent{}, projection{};
   T* carried;      // [B, h_row]: the gradient of h that reaches the next step to come other than through its gates
@@ -29,7 +30,9 @@ struct Backward {
   T* at_start;     // [B, columns]: every sequence's first step, whose h_before is h0
   T* grad_h;       // [chunk, B, P], with a projection
   T* unprojected;  // [chunk, B, H], likewise
+  T* products;     // [B, P], with `once`: of the gates' gradients with w_hh
   T* bias;         // [columns]
+  bool has_grad_w_hh = false;
   T *grad_x, *grad_w_ih, *grad_w_hh, *grad_w_hr;  // the results, or where they are summed up before their rounding
 
   explicit Backward(const RecurrentBackward& params) : p(params) {}
@@ -37,8 +40,8 @@ struct Backward {
   void place(Arena& arena) {
     const int64_t most = chunk * s.batch;
     rows.place(s, arena);
-    recurrent.place(layout.recurrents, s.output, 1, arena);
-    if (projects) projection.place(s.output, s.hidden, 1, arena);
+    recurrent.place(layout.recurrents, s.output, 1, !once, arena);
+    if (projects) projection.place(s.output, s.hidden, 1, true, arena);
     carried = arena.take<T>(s.batch * h_row);
     const bool lstm = s.cell == Cell::kLstm;
     grad_c = arena.take<T>(lstm ? s.batch * c_row : 0);
@@ -48,6 +51,7 @@ struct Backward {
     at_start = arena.take<T>(s.batch * layout.columns);
     grad_h = arena.take<T>(projects ? most * s.output : 0);
     unprojected = arena.take<T>(projects ? most * s.hidden : 0);
+    products = arena.take<T>(once ? s.batch * s.output : 0);
     bias = arena.take<T>(layout.columns);
     const int64_t recurrents = layout.recurrents;
     grad_x = in_place_or(p.grad_x, most * s.input, arena);
@@ -73,7 +77,7 @@ struct Backward {
   }
 
   void prepare() {
-    recurrent.pack(static_cast<const S*>(p.w_hh));
+    if (!once) recurrent.pack(static_cast<const S*>(p.w_hh));
     if (projects) projection.pack(static_cast<const S*>(p.w_hr));
     load_state(p.grad_h, s.output, carried, h_row);
     if (s.cell == Cell::kLstm) {
@@ -83,8 +87,8 @@ struct Backward {
     std::memset(at_start, 0, s.batch * layout.columns * sizeof(T));
     if (!wants_weights) return;
     std::memset(bias, 0, layout.columns * sizeof(T));
+    if (s.steps > 0) return;  // the first products overwrite what is there
     std::memset(grad_w_ih, 0, layout.recurrents * s.input * sizeof(T));
-    std::memset(grad_w_hh, 0, layout.recurrents * s.output * sizeof(T));
     if (projects) std::memset(grad_w_hr, 0, s.output * s.hidden * sizeof(T));
   }
   void load_state(const void* from, int64_t columns, T* to, int64_t to_row) {
@@ -114,7 +118,7 @@ struct Backward {
       if (t >= low && t < high) copy_gates(at_start + b * layout.columns, gates_of(t, b, low), 1);
     }
     if (p.grad_x != nullptr) grad_of_x(low, high);
-    if (wants_weights) grad_of_weights(low, high);
+    if (wants_weights) grad_of_weights(low, high, begin > 0);
     copy_gates(edge, gates_of(time(end - 1), 0, low), s.batch);
   }
 
@@ -243,19 +247,25 @@ struct Backward {
     T* to = kSame ? grad_x + offset : grad_x;
     for (int i = 0; i < layout.block_count; ++i) {
       const InputBlock& block = layout.blocks[i];
-      const View<S> w{static_cast<const S*>(p.w_ih) + block.weight * s.input, s.input, 1};
-      gemm<T>(count, s.input, block.count, View<T>{grad_gates + block.gate, layout.columns, 1}, w, to, s.input, i > 0);
+      const S* w = static_cast<const S*>(p.w_ih) + block.weight * s.input;
+      const T* grad = grad_gates + block.gate;
+      if (once) {
+        multiply_plain<T>(count, s.input, block.count, grad, layout.columns, w, to, s.input, i > 0);
+      } else {
+        gemm<T>(count, s.input, block.count, View<T>{grad, layout.columns, 1}, View<S>{w, s.input, 1}, to, s.input,
+                i > 0);
+      }
     }
     if constexpr (!kSame) convert_back(to, count * s.input, static_cast<S*>(p.grad_x) + offset);
   }
 
-  void grad_of_weights(int64_t low, int64_t high) {
+  void grad_of_weights(int64_t low, int64_t high, bool accumulate) {
     const int64_t count = (high - low) * s.batch;
     const View<S> x{static_cast<const S*>(p.x) + low * s.batch * s.input, s.input, 1};
     for (int i = 0; i < layout.block_count; ++i) {
       const InputBlock& block = layout.blocks[i];
       gemm<T>(block.count, s.input, count, View<T>{grad_gates + block.gate, 1, layout.columns}, x,
-              grad_w_ih + block.weight * s.input, s.input, true);
+              grad_w_ih + block.weight * s.input, s.input, accumulate);
     }
     // The h of the step before; the first steps, whose h is h0, come at the end. (Reversed, y is zero behind the end of
     // a shorter sequence, so that its first step adds nothing here.)
@@ -263,11 +273,12 @@ struct Backward {
     if (from < to) {
       const View<S> h{static_cast<const S*>(p.y) + (s.reverse ? from + 1 : from - 1) * s.batch * s.output, s.output, 1};
       const View<T> grad{gates_of(from, 0, low) + layout.recurrent, 1, layout.columns};
-      gemm<T>(layout.recurrents, s.output, (to - from) * s.batch, grad, h, grad_w_hh, s.output, true);
+      gemm<T>(layout.recurrents, s.output, (to - from) * s.batch, grad, h, grad_w_hh, s.output, has_grad_w_hh);
+      has_grad_w_hh = true;
     }
     if (projects) {
       gemm<T>(s.output, s.hidden, count, View<T>{grad_h, 1, s.output}, View<T>{unprojected, s.hidden, 1}, grad_w_hr,
-              s.hidden, true);
+              s.hidden, accumulate);
     }
     for (int64_t row = 0; row < count; ++row) {
       const T* grad = grad_gates + row * layout.columns;
@@ -290,7 +301,13 @@ struct Backward {
       }
     };
     const T* grad = s.steps > 0 ? edge + layout.recurrent : nullptr;
-    multiply_panels(recurrent, grad, layout.columns, 0, s.batch, 0, recurrent.count(), finish);
+    if (once) {
+      multiply_plain<T>(s.batch, s.output, layout.recurrents, grad, layout.columns, static_cast<const S*>(p.w_hh),
+                        products, s.output, false);
+      visit_products(recurrent, products, 0, s.batch, 0, recurrent.count(), finish);
+    } else {
+      multiply_panels(recurrent, grad, layout.columns, 0, s.batch, 0, recurrent.count(), finish);
+    }
     if (s.cell != Cell::kLstm) return;
     for (int64_t b = 0; b < s.batch; ++b) {
       convert_back(grad_c + b * c_row, s.hidden, static_cast<S*>(p.grad_c0) + b * s.hidden);
@@ -299,7 +316,7 @@ struct Backward {
 
   void finish_weights() {
     gemm<T>(layout.recurrents, s.output, s.batch, View<T>{at_start + layout.recurrent, 1, layout.columns},
-            View<S>{static_cast<const S*>(p.h0), s.output, 1}, grad_w_hh, s.output, true);
+            View<S>{static_cast<const S*>(p.h0), s.output, 1}, grad_w_hh, s.output, has_grad_w_hh);
     for (int i = 0; i < layout.block_count; ++i) {
       const InputBlock& block = layout.blocks[i];
       convert_back(bias + block.gate, block.count, static_cast<S*>(p.grad_b_ih) + block.weight);

@@ -112,6 +112,7 @@ def _validate(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell: str) -> None:
         expect_tensor(w_hr, "w_hr")
         expect(w_hr.dim() == 2, "w_hr", "2 dimensions [P, H]", f"{w_hr.dim()}")
     hidden = outputs if w_hr is None else w_hr.shape[1]
+    expect(min(features, outputs, hidden) > 0, "I, P, H", "sizes of one or more", (features, outputs, hidden))
     gates = _GATES[cell] * hidden
     wanted = (
         ("h0", h0, (batch, outputs)),

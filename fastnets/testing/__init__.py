@@ -182,4 +182,4 @@ def flatten(value: Any) -> list[Tensor]:
     """The tensors of a (nested) tuple of outputs, in order."""
     if isinstance(value, Tensor):
         return [value]
-    return [tensor for item in value for tensor in flatten(item) if item is not None]
+    return [tensor for item in value if item is not None for tensor in flatten(item)]

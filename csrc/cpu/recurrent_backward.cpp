@@ -280,11 +280,20 @@ struct Backward {
       gemm<T>(s.output, s.hidden, count, View<T>{grad_h, 1, s.output}, View<T>{unprojected, s.hidden, 1}, grad_w_hr,
               s.hidden, accumulate);
     }
-    for (int64_t row = 0; row < count; ++row) {
-      const T* grad = grad_gates + row * layout.columns;
-      int64_t j = 0;
-      for (; j + kWidth <= layout.columns; j += kWidth) store(bias + j, load(bias + j) + load(grad + j));
-      for (; j < layout.columns; ++j) bias[j] += grad[j];
+    add_to_bias(count);
+  }
+
+  // In blocks of rows, so that rounding errors grow with the number of blocks and not with that of rows.
+  void add_to_bias(int64_t count) {
+    constexpr int64_t block = 32;
+    for (int64_t row = 0; row < count; row += block) {
+      const int64_t past = at_most(row + block, count);
+      for (int64_t j = 0; j < layout.columns; j += kWidth) {
+        const int n = static_cast<int>(at_most(kWidth, layout.columns - j));
+        Vec<T> sum{};
+        for (int64_t r = row; r < past; ++r) sum += load_lanes(grad_gates + r * layout.columns + j, n);
+        store_lanes(bias + j, load_lanes(bias + j, n) + sum, n);
+      }
     }
   }
 

@@ -466,8 +466,7 @@ def test_every_instruction_set(name):
     code = """if True:
         import torch
         from fastnets import testing
-        wanted = ("L37x65 D33, Dv 40", "bias [H, 1, Lk]", "weights, dropout, causal, grouped", "soft cap 2",
-                  "ALiBi, causal, window, soft cap, grouped", "sequences, causal, window, dropout")
+        wanted = ("bias [H, 1, Lk]", "weights, dropout, causal, grouped", "ALiBi, causal, window, soft cap, grouped")
         cases = [case for case in testing.operator_table("attention") if case.name in wanted]
         assert len(cases) == len(wanted)
         for case in cases:

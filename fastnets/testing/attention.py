@@ -6,7 +6,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from .. import functional
 from ..ops.attention import attention
-from . import Case
+from . import DTYPES, Case
 
 _KEEP_TRUE = 0.7  # share of True in a boolean mask
 
@@ -72,6 +72,7 @@ def _case(
         function=ours,
         peer=torchs if peer and not slopes else None,
         constant=frozenset({"slopes"}),
+        dtypes=benchmark or DTYPES,  # the other dtypes are checked on smaller shapes
         benchmark=benchmark,
         verify=verify,
         quick=quick,

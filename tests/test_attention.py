@@ -107,6 +107,28 @@ def test_causal_biases(lq, lk):
         )
 
 
+@pytest.mark.parametrize("offset", [0, None, 3])
+@pytest.mark.parametrize("softcap", [0.0, 1.5])
+def test_the_options_mean_what_they_say(offset, softcap):
+    """Window, ALiBi, soft cap and grouped heads by their formulas, score by score."""
+    q, k, v = _qkv(1, 2, 1, 5, 9, 4, dtype=torch.float64)
+    slopes, left, right = torch.tensor([0.5, 0.1]), 3, 1
+    shift = 9 - 5 if offset is None else offset
+    expected = torch.zeros(1, 2, 5, 4, dtype=torch.float64)
+    for head in range(2):
+        for i in range(5):
+            seen = [j for j in range(9) if i + shift - left <= j <= i + shift + right]
+            if not seen:
+                continue
+            scores = torch.stack([q[0, head, i] @ k[0, 0, j] for j in seen]) / 2.0
+            if softcap:
+                scores = softcap * (scores / softcap).tanh()
+            distances = torch.tensor([abs(i + shift - j) for j in seen])
+            expected[0, head, i] = (scores - slopes[head].double() * distances).softmax(0) @ v[0, 0, seen]
+    options = {"left": left, "right": right, "offset": offset, "softcap": softcap, "alibi_slopes": slopes}
+    torch.testing.assert_close(attention(q, k, v, **options), expected)
+
+
 def test_varlen_equals_one_sequence_after_the_other():
     starts_q, starts_k = torch.tensor([0, 5, 5, 75]), torch.tensor([0, 9, 12, 80], dtype=torch.int32)
     q, k, v = torch.randn(75, 4, 8), torch.randn(80, 2, 8), torch.randn(80, 2, 8)

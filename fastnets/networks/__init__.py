@@ -191,8 +191,8 @@ NETWORKS: dict[str, Network] = {
             "encoder and decoder stacks of width 512, padding masked",
             transformer.TransformerMasked,
             _SPOKEN,
-            data.pronunciations,
-            *(CROSS_ENTROPY, _ADAM, 0.0003, 64, 2, "token accuracy", 50, _show_pronunciations),
+            lambda: data.pronunciations(4000),
+            *(CROSS_ENTROPY, _ADAM, 0.0003, 32, 1, "token accuracy", 50, _show_pronunciations),
         ),
         Network(
             "attention",

@@ -27,6 +27,9 @@ DATA = {
 }
 # Small batches and, where the real width takes long, small sizes; every layer stays.
 SMALL = {"transformer_masked": {"width": 128}, "gpt": {"width": 64, "depth": 2}}
+# With 8 digits a step, one value that rounds to the other side of a rectifier's zero is enough for Adam to part the two
+# runs of cnn_deep, whose gradients agree to 3e-7: it gets its own batch. bert has 23 million weights to update.
+BATCHES = {"cnn_deep": 32, "bert": 2}
 STEPS = 50
 
 
@@ -55,7 +58,7 @@ def test_the_twin_has_the_same_parameters(network):
 
 
 def test_losses_follow_the_twin(network):
-    batch_size = 2 if network.name == "bert" else 8
+    batch_size = BATCHES.get(network.name, 8)
     ours, twin = _trainer(network, fastnets.nn, batch_size), _trainer(network, torch.nn, batch_size)
     for trainer in (ours, twin):
         while len(trainer.losses) < STEPS:

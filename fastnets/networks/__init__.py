@@ -7,7 +7,6 @@
 """
 
 import difflib
-import types
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -89,14 +88,7 @@ class Network(NamedTuple):
 
     def build(self, layers=_fast, **sizes) -> nn.Module:
         """The module, from fastnets' layers or from those of another namespace."""
-        return self.factory(_with_stock(layers), **sizes)
-
-
-def _with_stock(layers):
-    """`layers`, with torch.nn's where it has none yet."""
-    if layers is nn:
-        return layers
-    return types.SimpleNamespace(**{**vars(nn), **{name: getattr(layers, name) for name in layers.__all__}})
+        return self.factory(layers, **sizes)
 
 
 def _show_pronunciations(model: nn.Module) -> list[str]:

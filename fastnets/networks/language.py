@@ -16,10 +16,8 @@ def _attention(layers) -> str:
     """The name under which transformers knows the attention of `layers`."""
     if layers is nn:
         return "sdpa"
-    try:
-        from ..integrations import transformers
-    except ImportError:  # not there yet
-        return "sdpa"
+    require("transformers")
+    from ..integrations import transformers
 
     transformers.register()
     return "fastnets"

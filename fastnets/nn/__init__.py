@@ -1,5 +1,9 @@
-"""Drop-in modules: subclasses of torch.nn's that override the forward path and nothing else."""
+"""Drop-in modules: subclasses of torch.nn's that override the forward path and nothing else.
 
+`fastnets.nn.functional` is `fastnets.functional`, as torch.nn has its own; `__all__` names the modules.
+"""
+
+from .. import functional as functional
 from .attention import MultiheadAttention
 from .conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from .recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell

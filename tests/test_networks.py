@@ -80,7 +80,7 @@ LEARNS = {
     "perceptron": (100, 16, 0.8),
     "rnn": (80, 32, 0.9),
     "lstm_classifier": (120, 32, 0.9),
-    "lstm_text": (80, 32, 0.95),
+    "lstm_text": (140, 32, 0.95),
     "transformer": (60, 16, 0.85),
     "transformer_masked": (60, 16, 0.85),
     "attention": (60, 32, 0.9),

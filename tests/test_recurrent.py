@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fastnets
-from fastnets.ops.recurrent import recurrent
+from fastnets.ops.recurrent import GATES, recurrent
 from fastnets.reference.recurrent import CELLS
 
 STEPS, BATCH, INPUT, HIDDEN = 6, 3, 4, 5
@@ -125,7 +125,7 @@ def test_cells_match_torch(name, bias):
 
 
 def _operands(cell, dtype=torch.float64, steps=3, batch=4, features=2, hidden=3, proj=0, bias=True):
-    gates, outputs = {"lstm": 4, "gru": 3}.get(cell, 1) * hidden, proj or hidden
+    gates, outputs = GATES[cell] * hidden, proj or hidden
     shapes = [(steps, batch, features), (batch, outputs), (batch, hidden), (gates, features), (gates, outputs)]
     shapes += [(gates,), (gates,), (proj, hidden)]
     drawn = [torch.randn(shape, dtype=dtype) for shape in shapes]

@@ -9,7 +9,8 @@ from ..reference.recurrent import recurrent as reference
 from . import _autocast, _autograd
 from ._checks import expect, expect_floating, expect_like, expect_shape, expect_tensor
 
-_GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
+GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
+"""Gates of each cell: the blocks of rows that its weights have."""
 
 
 class _Recurrent(_autograd.Call):
@@ -113,7 +114,7 @@ def _validate(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell: str) -> None:
         expect(w_hr.dim() == 2, "w_hr", "2 dimensions [P, H]", f"{w_hr.dim()}")
     hidden = outputs if w_hr is None else w_hr.shape[1]
     expect(min(features, outputs, hidden) > 0, "I, P, H", "sizes of one or more", (features, outputs, hidden))
-    gates = _GATES[cell] * hidden
+    gates = GATES[cell] * hidden
     wanted = (
         ("h0", h0, (batch, outputs)),
         ("c0", c0, (batch, hidden)),

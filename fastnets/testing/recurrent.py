@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor
 
-from ..ops.recurrent import recurrent
+from ..ops.recurrent import GATES, recurrent
 from . import Case
 
-_GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 _PEERS = {"lstm": torch.lstm, "gru": torch.gru, "rnn_tanh": torch.rnn_tanh, "rnn_relu": torch.rnn_relu}
 
 
@@ -36,7 +35,7 @@ def _case(
     proj: int = 0,
     **more,
 ) -> Case:
-    gates, outputs = _GATES[cell] * hidden, proj or hidden
+    gates, outputs = GATES[cell] * hidden, proj or hidden
 
     def inputs(generator: torch.Generator) -> dict[str, Tensor | None]:
         def draw(*size: int, scale: float = 1.0) -> Tensor:
@@ -91,17 +90,17 @@ _SIZES = [
 ]
 
 CASES = [
-    *(_case(cell, *sizes) for cell in _GATES for sizes in _SIZES),
-    *(_case(cell, 7, 8, 19, 17, reverse=True, bias=False) for cell in _GATES),
-    *(_case(cell, 7, 9, 6, 20, lengths="sorted") for cell in _GATES),
-    *(_case(cell, 7, 9, 6, 20, lengths="unsorted", reverse=True) for cell in _GATES),
+    *(_case(cell, *sizes) for cell in GATES for sizes in _SIZES),
+    *(_case(cell, 7, 8, 19, 17, reverse=True, bias=False) for cell in GATES),
+    *(_case(cell, 7, 9, 6, 20, lengths="sorted") for cell in GATES),
+    *(_case(cell, 7, 9, 6, 20, lengths="unsorted", reverse=True) for cell in GATES),
     _case("lstm", 7, 8, 19, 17, proj=5),
     _case("lstm", 7, 8, 19, 100, proj=17, reverse=True, bias=False),
     _case("lstm", 7, 33, 3, 20, proj=1, reverse=True, lengths="unsorted"),
     _case("lstm", 0, 3, 4, 5),
-    *(_case(cell, 3, 0, 4, 5) for cell in _GATES),
+    *(_case(cell, 3, 0, 4, 5) for cell in GATES),
     # More rows than one product over many steps covers.
-    *(_case(cell, 37, 33, 64, 64, quick=False) for cell in _GATES),
+    *(_case(cell, 37, 33, 64, 64, quick=False) for cell in GATES),
     _case("gru", 50, 33, 5, 7, lengths="unsorted", quick=False),
     _case("lstm", 50, 33, 5, 7, proj=3, reverse=True, lengths="unsorted", quick=False),
     _case("lstm", 100, 32, 64, 64, quick=False, benchmark=(torch.float32, torch.bfloat16)),

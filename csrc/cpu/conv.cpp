@@ -2,26 +2,10 @@
 
 #include "conv.h"
 
-#include "activation.h"
-
 namespace fastnets::FASTNETS_ISA {
 namespace {
 
 constexpr int64_t kBlockPixels = 40 * kTileRows;
-
-// The gather of one phase: one set of taps.
-struct Phase {
-  const ConvGather& p;
-  Axis axes[3];
-  int64_t source_channels, channels;                   // of one group, of the source and of the result
-  int64_t source_stride, result_stride, group_stride;  // of the weight: its channels' and the groups'
-  const int64_t* result_sizes;
-  Strides source, result;
-
-  int64_t taps() const { return axes[0].taps * axes[1].taps * axes[2].taps; }
-  int64_t depth() const { return taps() * source_channels; }
-  int64_t positions() const { return axes[0].count * axes[1].count * axes[2].count; }
-};
 
 // sums[kRows][kVectors] = the operand rows, each a sequence of runs, times the panel.
 template <class T, int kRows, int kVectors>
@@ -103,102 +87,6 @@ void pack_weight(const Phase& phase, const S* weight, T* packed) {
   });
 }
 
-// Writes sums[pixels of the block][vectors * lanes] to the result's channels from `first`, through the epilogue.
-template <class T, class S>
-struct Finish {
-  const Phase& phase;
-  const Block& block;
-  int64_t image;    // offset of the image and group in the result
-  int64_t channel;  // of the result, all groups counted: for the bias
-
-  template <class Body>
-  void rows(const Body& body) const {  // body(first pixel, offset in the result)
-    const Axis* axes = phase.axes;
-    int64_t q = 0;
-    for (int64_t d = 0; d < block.axes[0].count; ++d) {
-      for (int64_t h = 0; h < block.axes[1].count; ++h, q += block.axes[2].count) {
-        body(q, image + (axes[0].first + (block.axes[0].begin + d) * axes[0].step) * phase.result.at[0] +
-                    (axes[1].first + (block.axes[1].begin + h) * axes[1].step) * phase.result.at[1] +
-                    (axes[2].first + block.axes[2].begin * axes[2].step) * phase.result.at[2]);
-      }
-    }
-  }
-
-  void channels_last(int64_t first, int vectors, const T* sums) const {
-    const ConvGather& p = phase.p;
-    const int64_t step = phase.axes[2].step * phase.result.at[2];
-    const int columns = static_cast<int>(at_most(vectors * kLanes<T>, phase.channels - first));
-    for (int v = 0; v * kLanes<T> < columns; ++v) {
-      const int64_t c = first + v * kLanes<T>;
-      const int n = static_cast<int>(at_most(kLanes<T>, phase.channels - c));
-      const Vec<T> bias = p.bias ? load_partial(static_cast<const S*>(p.bias) + channel + c, n) : Vec<T>{};
-      rows([&](int64_t q, int64_t to) {
-        for (int64_t i = 0; i < block.axes[2].count; ++i) {
-          write(load(sums + ((q + i) * vectors + v) * kLanes<T>) + bias, to + i * step + c, n);
-        }
-      });
-    }
-  }
-
-  FASTNETS_INLINE void write(Vec<T> value, int64_t at, int n) const {
-    const ConvGather& p = phase.p;
-    S* to = static_cast<S*>(p.result) + at;
-    if (n == kLanes<T>) {
-      if (p.residual) value += load(static_cast<const S*>(p.residual) + at);
-      if (p.kept) store(static_cast<S*>(p.kept) + at, value);
-      store(to, activate<T>(p.activation, value));
-    } else {
-      if (p.residual) value += load_partial(static_cast<const S*>(p.residual) + at, n);
-      if (p.kept) store_partial<S>(static_cast<S*>(p.kept) + at, value, n);
-      store_partial<S>(to, activate<T>(p.activation, value), n);
-    }
-  }
-
-  // The channels' planes: the epilogue runs on the sums in place, then they are written transposed.
-  void planes(int64_t first, int vectors, T* sums) const {
-    const ConvGather& p = phase.p;
-    const int64_t columns = at_most(vectors * kLanes<T>, phase.channels - first), row = vectors * kLanes<T>;
-    const int64_t pixels = block.pixels(), plane = phase.result.channel;
-    if (p.residual) add_residual(static_cast<const S*>(p.residual) + first * plane, columns, row, sums);
-    for (int v = 0; v * kLanes<T> < columns; ++v) {
-      const int64_t c = first + v * kLanes<T>;
-      const int n = static_cast<int>(at_most(kLanes<T>, phase.channels - c));
-      const Vec<T> bias = p.bias ? load_partial(static_cast<const S*>(p.bias) + channel + c, n) : Vec<T>{};
-      for (T* at = sums + v * kLanes<T>; at < sums + pixels * row; at += row) store(at, load(at) + bias);
-    }
-    if (p.kept) write_planes(sums, columns, row, static_cast<S*>(p.kept) + first * plane);
-    if (p.activation != Activation::kNone) {
-      for (T* at = sums; at < sums + pixels * row; at += kLanes<T>) store(at, activate<T>(p.activation, load(at)));
-    }
-    write_planes(sums, columns, row, static_cast<S*>(p.result) + first * plane);
-  }
-
-  void write_planes(const T* sums, int64_t columns, int64_t row, S* to) const {
-    const int64_t plane = phase.result.channel, step = phase.axes[2].step * phase.result.at[2];
-    const int64_t count = block.axes[2].count;
-    rows([&](int64_t q, int64_t at) {
-      int64_t i = 0;
-      if constexpr (std::is_same_v<S, T>) {
-        if (step == 1) {
-          for (; i + 4 <= count; i += 4) pack_quad<T>(sums + (q + i) * row, row, columns, to + at + i, plane);
-        }
-      }
-      for (; i < count; ++i) {
-        for (int64_t c = 0; c < columns; ++c) to[at + i * step + c * plane] = from_float<S>(sums[(q + i) * row + c]);
-      }
-    });
-  }
-
-  void add_residual(const S* from, int64_t columns, int64_t row, T* sums) const {
-    const int64_t plane = phase.result.channel, step = phase.axes[2].step * phase.result.at[2];
-    rows([&](int64_t q, int64_t at) {
-      for (int64_t i = 0; i < block.axes[2].count; ++i) {
-        for (int64_t c = 0; c < columns; ++c) sums[(q + i) * row + c] += to_float(from[at + i * step + c * plane]);
-      }
-    });
-  }
-};
-
 // One block: stages it, then panel after panel of the weight, tile after tile.
 template <class T, class S>
 void compute(const Phase& phase, const Block& block, int64_t image, int64_t group, const T* packed, int64_t panel_begin,
@@ -211,7 +99,7 @@ void compute(const Phase& phase, const Block& block, int64_t image, int64_t grou
   const S* source = static_cast<const S*>(p.source) + image * shape.groups * phase.source_channels * source_pixels +
                     group * phase.source_channels * phase.source.channel;
   T* staged = static_cast<T*>(scratch(kStageSlot, (block.elements() + 1) * sizeof(T)));
-  if (depth > 0) stage(source, phase.source, phase.axes, block, staged);
+  if (depth > 0) stage(source, phase.source, phase.axes, block, {block.channels}, staged);
   Run* runs = static_cast<Run*>(scratch(kRunSlot, (phase.taps() + 1) * sizeof(Run)));
   const int64_t count = runs_of(block, phase.axes, runs);
   // Tiles of the same height, an even one; past the last pixel they repeat it.
@@ -245,9 +133,8 @@ void compute(const Phase& phase, const Block& block, int64_t image, int64_t grou
 }
 
 template <class T, class S>
-void gather(const Phase& phase) {
+void gather_blocks(const Phase& phase) {
   const ConvShape& shape = phase.p.shape;
-  if (phase.positions() == 0) return;
   const int64_t panels = panel_count<T>(phase.channels);
   const int64_t packed_size = panels * kTileCols<T> * phase.depth();
   T* packed = static_cast<T*>(scratch(kWeightSlot, (shape.groups * packed_size + 1) * sizeof(T)));
@@ -270,6 +157,14 @@ void gather(const Phase& phase) {
   });
 }
 
+// `repeat`: results of one source channel, and `passes`: sources of one result channel, where groups are that small.
+void gather(const Phase& phase, int64_t repeat, int64_t passes) {
+  if (phase.positions() == 0) return;
+  const ConvShape& s = phase.p.shape;
+  if (s.groups > 1 && s.in_channels == 1) return depthwise_gather(phase, repeat, passes);
+  with_storage(s.dtype, [&](auto kind) { gather_blocks<Compute<decltype(kind)>, decltype(kind)>(phase); });
+}
+
 }  // namespace
 
 void conv_forward(const ConvGather& p) {
@@ -284,7 +179,7 @@ void conv_forward(const ConvGather& p) {
               s.out,
               strides_of(s.channels_last, s.groups * s.in_channels, s.in),
               strides_of(s.channels_last, s.groups * s.out_channels, s.out)};
-  with_storage(s.dtype, [&](auto kind) { gather<Compute<decltype(kind)>, decltype(kind)>(phase); });
+  gather(phase, s.out_channels, 1);
 }
 
 void conv_grad_input(const ConvGather& p) {
@@ -302,7 +197,7 @@ void conv_grad_input(const ConvGather& p) {
                     s.in,
                     strides_of(s.channels_last, s.groups * s.out_channels, s.out),
                     strides_of(s.channels_last, s.groups * s.in_channels, s.in)};
-        with_storage(s.dtype, [&](auto kind) { gather<Compute<decltype(kind)>, decltype(kind)>(phase); });
+        gather(phase, 1, s.out_channels);
       }
     }
   }

@@ -4,6 +4,7 @@
 // it lies: im2col is an address, not a copy.
 #pragma once
 
+#include "activation.h"
 #include "gemm.h"
 
 namespace fastnets::FASTNETS_ISA {
@@ -117,9 +118,17 @@ FASTNETS_INLINE void copy_converted(const S* from, int64_t n, T* to) {
   if (i < n) store_partial<T>(to + i, load_partial(from + i, static_cast<int>(n - i)), static_cast<int>(n - i));
 }
 
-// Stages a block: `source` is one image and group, its channels strides.channel apart.
+// The source's channels that a block takes: the first `given` of its own are there, the others zero; each channel of
+// the source serves `repeat` of them, the first one `ahead` fewer.
+struct Channels {
+  int64_t given, repeat = 1, ahead = 0;
+
+  int64_t of(int64_t channel) const { return (channel + ahead) / repeat; }
+};
+
+// Stages a block. `source`: its first channel in one image.
 template <class T, class S>
-void stage(const S* source, const Strides& strides, const Axis* axes, const Block& block, T* to) {
+void stage(const S* source, const Strides& strides, const Axis* axes, const Block& block, const Channels& of, T* to) {
   const int64_t channels = block.channels, width = block.axes[2].size;
   const StagedAxis& w = block.axes[2];
   // Positions [begin, end) of the row lie inside the source.
@@ -140,25 +149,38 @@ void stage(const S* source, const Strides& strides, const Axis* axes, const Bloc
       std::memset(to + end * channels, 0, static_cast<size_t>((width - end) * channels) * sizeof(T));
       const S* from = source + d * strides.at[0] + h * strides.at[1] + (w.low + begin * w.scale) * strides.at[2];
       T* row = to + begin * channels;
-      if (strides.channel == 1) {
-        if (step == channels) {
+      int64_t c = 0;
+      if (of.repeat == 1 && strides.channel == 1) {
+        c = of.given;
+        if (step == channels && c == channels) {
           copy_converted<T>(from, (end - begin) * channels, row);
         } else {
-          for (int64_t p = begin; p < end; ++p, from += step, row += channels) copy_converted<T>(from, channels, row);
+          for (int64_t p = 0; p < end - begin; ++p) copy_converted<T>(from + p * step, c, row + p * channels);
         }
-        continue;
-      }
-      int64_t c = 0;
-      if (step == 1) {
-        for (; c + 4 <= channels; c += 4) {
+      } else if (of.repeat == 1 && step == 1) {
+        for (; c + 4 <= of.given; c += 4) {
           pack_quad<T>(from + c * strides.channel, strides.channel, end - begin, row + c, channels);
         }
       }
       for (; c < channels; ++c) {
-        const S* plane = from + c * strides.channel;
-        for (int64_t p = 0; p < end - begin; ++p) row[p * channels + c] = to_float(plane[p * step]);
+        const S* plane = from + of.of(c) * strides.channel;
+        for (int64_t p = 0; p < end - begin; ++p) {
+          row[p * channels + c] = c < of.given ? T(to_float(plane[p * step])) : T(0);
+        }
       }
     }
+  }
+}
+
+// Stages one panel of a block's gradient, [pixel][kVectors * lanes].
+template <class T, int kVectors, class S>
+void stage_grad(const S* grad, const Strides& strides, const Block& block, int columns, T* to) {
+  constexpr int width = kVectors * kLanes<T>;
+  const StagedAxis* axes = block.axes;
+  for (int64_t h = 0; h < axes[1].count; ++h, to += axes[2].count * width) {
+    const S* row =
+        grad + axes[0].begin * strides.at[0] + (axes[1].begin + h) * strides.at[1] + axes[2].begin * strides.at[2];
+    pack_panel<T, width>(row, strides.channel, strides.at[2], columns, axes[2].count, to);
   }
 }
 
@@ -219,5 +241,120 @@ template <class T>
 int panel_vectors(int64_t channels, int64_t first) {
   return channels - first > kLanes<T> ? kTileVectors : 1;
 }
+
+// The gather of one phase: one set of taps.
+struct Phase {
+  const ConvGather& p;
+  Axis axes[3];
+  int64_t source_channels, channels;                   // of one group, of the source and of the result
+  int64_t source_stride, result_stride, group_stride;  // of the weight: its channels' and the groups'
+  const int64_t* result_sizes;
+  Strides source, result;
+
+  int64_t taps() const { return axes[0].taps * axes[1].taps * axes[2].taps; }
+  int64_t depth() const { return taps() * source_channels; }
+  int64_t positions() const { return axes[0].count * axes[1].count * axes[2].count; }
+};
+
+// Writes sums[pixels of the block][vectors * lanes] to the result's channels from `first`, through the epilogue.
+template <class T, class S>
+struct Finish {
+  const Phase& phase;
+  const Block& block;
+  int64_t image;    // offset of the image and group in the result
+  int64_t channel;  // of the result, all groups counted: for the bias
+
+  template <class Body>
+  void rows(const Body& body) const {  // body(first pixel, offset in the result)
+    const Axis* axes = phase.axes;
+    int64_t q = 0;
+    for (int64_t d = 0; d < block.axes[0].count; ++d) {
+      for (int64_t h = 0; h < block.axes[1].count; ++h, q += block.axes[2].count) {
+        body(q, image + (axes[0].first + (block.axes[0].begin + d) * axes[0].step) * phase.result.at[0] +
+                    (axes[1].first + (block.axes[1].begin + h) * axes[1].step) * phase.result.at[1] +
+                    (axes[2].first + block.axes[2].begin * axes[2].step) * phase.result.at[2]);
+      }
+    }
+  }
+
+  void channels_last(int64_t first, int vectors, const T* sums) const {
+    const ConvGather& p = phase.p;
+    const int64_t step = phase.axes[2].step * phase.result.at[2];
+    const int columns = static_cast<int>(at_most(vectors * kLanes<T>, phase.channels - first));
+    for (int v = 0; v * kLanes<T> < columns; ++v) {
+      const int64_t c = first + v * kLanes<T>;
+      const int n = static_cast<int>(at_most(kLanes<T>, phase.channels - c));
+      const Vec<T> bias = p.bias ? load_partial(static_cast<const S*>(p.bias) + channel + c, n) : Vec<T>{};
+      rows([&](int64_t q, int64_t to) {
+        for (int64_t i = 0; i < block.axes[2].count; ++i) {
+          write(load(sums + ((q + i) * vectors + v) * kLanes<T>) + bias, to + i * step + c, n);
+        }
+      });
+    }
+  }
+
+  FASTNETS_INLINE void write(Vec<T> value, int64_t at, int n) const {
+    const ConvGather& p = phase.p;
+    S* to = static_cast<S*>(p.result) + at;
+    if (n == kLanes<T>) {
+      if (p.residual) value += load(static_cast<const S*>(p.residual) + at);
+      if (p.kept) store(static_cast<S*>(p.kept) + at, value);
+      store(to, activate<T>(p.activation, value));
+    } else {
+      if (p.residual) value += load_partial(static_cast<const S*>(p.residual) + at, n);
+      if (p.kept) store_partial<S>(static_cast<S*>(p.kept) + at, value, n);
+      store_partial<S>(to, activate<T>(p.activation, value), n);
+    }
+  }
+
+  // The channels' planes: the epilogue runs on the sums in place, then they are written transposed.
+  void planes(int64_t first, int vectors, T* sums) const {
+    const ConvGather& p = phase.p;
+    const int64_t columns = at_most(vectors * kLanes<T>, phase.channels - first), row = vectors * kLanes<T>;
+    const int64_t pixels = block.pixels(), plane = phase.result.channel;
+    if (p.residual) add_residual(static_cast<const S*>(p.residual) + first * plane, columns, row, sums);
+    for (int v = 0; v * kLanes<T> < columns; ++v) {
+      const int64_t c = first + v * kLanes<T>;
+      const int n = static_cast<int>(at_most(kLanes<T>, phase.channels - c));
+      const Vec<T> bias = p.bias ? load_partial(static_cast<const S*>(p.bias) + channel + c, n) : Vec<T>{};
+      for (T* at = sums + v * kLanes<T>; at < sums + pixels * row; at += row) store(at, load(at) + bias);
+    }
+    if (p.kept) write_planes(sums, columns, row, static_cast<S*>(p.kept) + first * plane);
+    if (p.activation != Activation::kNone) {
+      for (T* at = sums; at < sums + pixels * row; at += kLanes<T>) store(at, activate<T>(p.activation, load(at)));
+    }
+    write_planes(sums, columns, row, static_cast<S*>(p.result) + first * plane);
+  }
+
+  void write_planes(const T* sums, int64_t columns, int64_t row, S* to) const {
+    const int64_t plane = phase.result.channel, step = phase.axes[2].step * phase.result.at[2];
+    const int64_t count = block.axes[2].count;
+    rows([&](int64_t q, int64_t at) {
+      int64_t i = 0;
+      if constexpr (std::is_same_v<S, T>) {
+        if (step == 1) {
+          for (; i + 4 <= count; i += 4) pack_quad<T>(sums + (q + i) * row, row, columns, to + at + i, plane);
+        }
+      }
+      for (; i < count; ++i) {
+        for (int64_t c = 0; c < columns; ++c) to[at + i * step + c * plane] = from_float<S>(sums[(q + i) * row + c]);
+      }
+    });
+  }
+
+  void add_residual(const S* from, int64_t columns, int64_t row, T* sums) const {
+    const int64_t plane = phase.result.channel, step = phase.axes[2].step * phase.result.at[2];
+    rows([&](int64_t q, int64_t at) {
+      for (int64_t i = 0; i < block.axes[2].count; ++i) {
+        for (int64_t c = 0; c < columns; ++c) sums[(q + i) * row + c] += to_float(from[at + i * step + c * plane]);
+      }
+    });
+  }
+};
+
+// The gather where every result channel takes one source channel: with `passes` = 1 channel k takes k / repeat, else
+// channel c the sum of c * passes, c * passes + 1, ...
+void depthwise_gather(const Phase& phase, int64_t repeat, int64_t passes);
+void depthwise_grad_weight(const ConvGradWeight& p);
 
 }  // namespace fastnets::FASTNETS_ISA

@@ -76,18 +76,6 @@ void tile(int rows, int64_t height, int64_t width, const T* a, int64_t a_h, int6
   __builtin_trap();
 }
 
-// Stages one panel of a block's gradient, [pixel][kVectors * lanes].
-template <class T, int kVectors, class S>
-void stage_grad(const S* grad, const Strides& strides, const Block& block, int columns, T* to) {
-  constexpr int width = kVectors * kLanes<T>;
-  const StagedAxis* axes = block.axes;
-  for (int64_t h = 0; h < axes[1].count; ++h, to += axes[2].count * width) {
-    const S* row =
-        grad + axes[0].begin * strides.at[0] + (axes[1].begin + h) * strides.at[1] + axes[2].begin * strides.at[2];
-    pack_panel<T, width>(row, strides.channel, strides.at[2], columns, axes[2].count, to);
-  }
-}
-
 // Adds one block's products to sums [panels of the share][depth][columns].
 template <class T, class S>
 void accumulate(const Problem& problem, int64_t image, const Block& block, int64_t group, int64_t panel_begin,
@@ -98,7 +86,7 @@ void accumulate(const Problem& problem, int64_t image, const Block& block, int64
   T* staged = static_cast<T*>(scratch(kStageSlot, (block.elements() + kTileRows) * sizeof(T)));
   stage(static_cast<const S*>(problem.p.x) + image * s.groups * s.in_channels * in_pixels +
             group * s.in_channels * problem.x.channel,
-        problem.x, problem.axes, block, staged);
+        problem.x, problem.axes, block, {block.channels}, staged);
   Run* runs = static_cast<Run*>(scratch(kRunSlot, (problem.taps + 1) * sizeof(Run)));
   const int64_t count = runs_of(block, problem.axes, runs);
   const int64_t a_h = block.axes[1].pull * block.stride(1), a_w = block.axes[2].pull * block.stride(2);
@@ -199,6 +187,7 @@ void grad_weight(Problem& problem) {
 
 void conv_grad_weight(const ConvGradWeight& p) {
   const ConvShape& s = p.shape;
+  if (s.groups > 1 && s.in_channels == 1) return depthwise_grad_weight(p);
   Problem problem{p,
                   {forward_axis(s, 0), forward_axis(s, 1), forward_axis(s, 2)},
                   strides_of(s.channels_last, s.groups * s.in_channels, s.in),

@@ -1,0 +1,518 @@
+"""The convolutions beyond the operator table: PyTorch's samples and errors, modules, gradients, callers, bad input."""
+
+import copy
+import io
+import itertools
+import os
+import pickle
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing._internal.common_methods_invocations import op_db
+from torch.testing._internal.common_modules import module_db
+
+import fastnets
+from fastnets import dispatch, functional
+from fastnets.reference.conv import ACTIVATIONS
+
+NAMES = [f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3)]
+CLASSES = [f"Conv{kind}{n}d" for kind in ("", "Transpose") for n in (1, 2, 3)]
+OPERATORS = [op for op in op_db if op.name.removeprefix("nn.functional.") in NAMES]
+MODULES = [info for info in module_db if info.module_cls.__name__ in CLASSES]
+FLOATING = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
+
+
+def short(value) -> str:
+    return getattr(value, "name", str(value)).removeprefix("nn.functional.").removeprefix("torch.")
+
+
+def innermost(t: torch.Tensor) -> torch.Tensor:
+    """The same tensor with its channels innermost in memory."""
+    return t.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def gradients(outputs: torch.Tensor, inputs: list[torch.Tensor], seed: int = 7) -> tuple[torch.Tensor, ...]:
+    weight = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(seed)).to(outputs.dtype)
+    return torch.autograd.grad(outputs, inputs, weight)
+
+
+# ---- PyTorch's samples -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", OPERATORS, ids=short)
+@pytest.mark.parametrize("dtype", [*FLOATING, torch.complex64, torch.int64], ids=short)
+def test_samples_of_torch(op, dtype):
+    ours = getattr(functional, short(op))
+    differentiable = dtype != torch.int64
+    count = 0
+    for sample in op.sample_inputs("cpu", dtype, requires_grad=differentiable):
+        y, stock = ours(sample.input, *sample.args, **sample.kwargs), op(sample.input, *sample.args, **sample.kwargs)
+        # Both round the same sums to dtype; what they sum is drawn from [-9, 9].
+        tolerance = {"rtol": 2e-2, "atol": 0.5} if dtype.itemsize == 2 else {"rtol": 1e-4, "atol": 1e-3}
+        torch.testing.assert_close(y, stock, **tolerance)
+        if differentiable:
+            leaves = [t for t in (sample.input, *sample.args) if isinstance(t, torch.Tensor)]
+            if dtype.is_complex:
+                found, expected = (torch.autograd.grad(out.abs().sum(), leaves) for out in (y, stock))
+            else:
+                found, expected = gradients(y, leaves), gradients(stock, leaves)
+            torch.testing.assert_close(found, expected, **tolerance)
+        count += 1
+    assert count > 0
+
+
+@pytest.mark.parametrize("op", [op for op in OPERATORS if op.error_inputs_func], ids=short)
+def test_errors_of_torch(op):
+    ours = getattr(functional, short(op))
+    count = 0
+    for error in op.error_inputs("cpu"):
+        sample = error.sample_input
+        with pytest.raises(error.error_type, match=error.error_regex) as caught:
+            ours(sample.input, *sample.args, **sample.kwargs)
+        assert isinstance(caught.value, (TypeError, ValueError))
+        count += 1
+    assert count > 0
+
+
+@pytest.mark.parametrize("info", MODULES, ids=lambda info: info.module_cls.__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=short)
+def test_module_samples_of_torch(info, dtype):
+    ours = getattr(fastnets.nn, info.module_cls.__name__)
+    count = 0
+    for sample in info.module_inputs_func(info, "cpu", dtype, requires_grad=True, training=True):
+        arguments, x = sample.constructor_input, sample.forward_input.args[0]
+        torch.manual_seed(3)
+        stock = info.module_cls(*arguments.args, **arguments.kwargs, dtype=dtype)
+        torch.manual_seed(3)
+        layer = ours(*arguments.args, **arguments.kwargs, dtype=dtype)
+        strided = torch.stack([x.detach(), x.detach()], dim=-1)[..., 0].requires_grad_()
+        assert not strided.is_contiguous()
+        outputs = []
+        for module, value in ((stock, x), (layer, x), (layer, strided), (pickle.loads(pickle.dumps(layer)), x)):
+            leaves = [value, *module.parameters()]
+            y = module(value)
+            first = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+            second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+            outputs.append([y, *first, *second])
+        for found in outputs[1:]:
+            torch.testing.assert_close(found, outputs[0], rtol=1e-4, atol=1e-4)
+        count += 1
+    assert count > 0
+
+
+# ---- modules ---------------------------------------------------------------------------------------------------------
+
+OPTIONS = [
+    {},
+    {"bias": False},
+    {"stride": 2, "padding": 1},
+    {"dilation": 2, "groups": 2},
+    {"padding": "same"},
+    {"padding": "valid"},
+    {"padding": 2, "padding_mode": "reflect"},
+    {"padding": 1, "padding_mode": "replicate", "stride": 2},
+    {"padding": 2, "padding_mode": "circular"},
+    {"padding": "same", "padding_mode": "circular"},
+]
+TRANSPOSED_OPTIONS = [
+    {},
+    {"bias": False, "stride": 2},
+    {"stride": 3, "padding": 1, "output_padding": 2},
+    {"dilation": 2, "groups": 2, "padding": 2},
+]
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("unbatched", [False, True])
+@pytest.mark.parametrize("kind", ["Conv", "ConvTranspose"])
+def test_modules_are_drop_in(kind, dims, unbatched):
+    name = f"{kind}{dims}d"
+    for options in OPTIONS if kind == "Conv" else TRANSPOSED_OPTIONS:
+        torch.manual_seed(1)
+        stock = getattr(torch.nn, name)(4, 6, 3, dtype=torch.float64, **options)
+        torch.manual_seed(1)
+        layer = getattr(fastnets.nn, name)(4, 6, 3, dtype=torch.float64, **options)
+        assert isinstance(layer, type(stock))
+        assert repr(layer) == repr(stock)
+        x = torch.randn((4, *(7, 6, 5)[:dims]) if unbatched else (2, 4, *(7, 6, 5)[:dims]), dtype=torch.float64)
+        x.requires_grad_()
+        found, expected = ([y := module(x), *gradients(y, [x, *module.parameters()])] for module in (layer, stock))
+        torch.testing.assert_close(found, expected)
+        layer.load_state_dict(stock.state_dict(), strict=True)
+        stock.__class__ = type(layer)  # no state of its own: converting is a change of class
+        torch.testing.assert_close(stock(x), expected[0])
+
+
+def test_output_size_chooses_among_the_transposed_sizes():
+    layer = fastnets.nn.ConvTranspose2d(3, 5, 3, stride=2, padding=1)
+    x = torch.randn(2, 3, 6, 7)
+    assert layer(x).shape[2:] == (11, 13)
+    assert layer(x, output_size=[12, 13]).shape[2:] == (12, 13)
+    assert layer(x, [2, 5, 11, 14]).shape[2:] == (11, 14)
+    with pytest.raises(ValueError, match="output size"):
+        layer(x, output_size=[13, 13])
+
+
+def test_the_kernels_run_and_say_when_they_do_not():
+    seen = []
+    dispatch._recorders.append(lambda case, chosen, objections: seen.append((chosen.backend, objections)))
+    try:
+        functional.conv2d(torch.randn(1, 2, 5, 5), torch.randn(3, 2, 3, 3))
+        functional.conv2d(torch.ones(1, 2, 5, 5).long(), torch.ones(3, 2, 3, 3).long())
+    finally:
+        dispatch._recorders.pop()
+    assert [backend for backend, _ in seen] == ["cpu", "reference"]
+    assert "int64" in seen[1][1]["cpu"]
+
+
+# ---- memory format ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("which", ["neither", "input", "weight"])
+def test_result_has_the_memory_format_that_torch_gives(name, which):
+    dims = int(name[-2])
+    x, weight = torch.randn(2, 4, *(6, 7, 8)[:dims]), torch.randn(4, 4, *(3, 2, 3)[:dims])
+    x = innermost(x) if which == "input" else x
+    weight = innermost(weight) if which == "weight" else weight
+    y = getattr(functional, name)(x, weight)
+    assert y.is_contiguous() == (which == "neither")
+    assert y.movedim(1, -1).is_contiguous() == (which != "neither")
+    if dims == 2:
+        assert y.stride() == getattr(torch.nn.functional, name)(x, weight).stride()
+
+
+def test_views_of_any_strides():
+    base = torch.randn(9, 3, 8, 2, 10, dtype=torch.float64)
+    x = base[::2, :, 1:, 1, ::3].transpose(2, 3)
+    weight = torch.randn(3, 5, 6, 3, dtype=torch.float64).permute(2, 0, 3, 1)[:, :, :2, ::2]
+    bias = torch.randn(12, dtype=torch.float64)[::2]
+    torch.testing.assert_close(functional.conv2d(x, weight, bias), torch.nn.functional.conv2d(x, weight, bias))
+    expanded = torch.randn(1, 3, 1, 1, dtype=torch.float64).expand(4, 3, 6, 6)
+    torch.testing.assert_close(functional.conv2d(expanded, weight), torch.nn.functional.conv2d(expanded, weight))
+
+
+# ---- gradients -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gradients_of_gradients(activation, transposed):
+    x = torch.randn(1, 4, 4, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4, 2, 2, 2, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    conv = functional.conv_transpose2d if transposed else functional.conv2d
+    options = {"stride": (2, 1), "padding": 1, "groups": 2}
+    shape = conv(x, weight, bias, **options).shape
+    residual = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+    def run(x, weight, bias, residual):
+        return conv(x, weight, bias, **options, activation=activation, residual=residual)
+
+    assert torch.autograd.gradcheck(run, (x, weight, bias, residual))
+    assert torch.autograd.gradgradcheck(run, (x, weight, bias, residual))
+
+
+@pytest.mark.parametrize("wanted", [set(c) for n in range(1, 5) for c in itertools.combinations(range(4), n)], ids=str)
+def test_only_the_gradients_asked_for(wanted):
+    inputs = [torch.randn(2, 3, 5, 5), torch.randn(4, 3, 3, 3), torch.randn(4), torch.randn(2, 4, 3, 3)]
+    leaves = [t.requires_grad_() for i, t in enumerate(inputs) if i in wanted]
+    x, weight, bias, residual = inputs
+    y = functional.conv2d(x, weight, bias, activation="silu", residual=residual)
+    stock = ACTIVATIONS["silu"](torch.nn.functional.conv2d(x, weight, bias) + residual)
+    torch.testing.assert_close(gradients(y, leaves), gradients(stock, leaves))
+
+
+def test_gradient_of_weight_is_the_same_every_time():
+    x, weight = torch.randn(8, 16, 20, 20), torch.randn(24, 16, 3, 3, requires_grad=True)
+    first = gradients(functional.conv2d(x, weight), [weight])[0]
+    for _ in range(5):
+        assert gradients(functional.conv2d(x, weight), [weight])[0].equal(first)
+
+
+def test_nan_and_infinities_follow_torch():
+    x, weight = torch.randn(2, 3, 6, 6), torch.randn(4, 3, 3, 3)
+    x[0, 0, 0, 0], x[1, 2, 3, 3] = torch.nan, torch.inf
+    for name, activation in ACTIVATIONS.items():
+        y = functional.conv2d(x, weight, padding=1, activation=name)
+        expected = activation(torch.nn.functional.conv2d(x, weight, padding=1))
+        torch.testing.assert_close(y, expected, equal_nan=True, rtol=1e-4, atol=1e-5)
+
+
+def test_opcheck():
+    ops = torch.ops.fastnets
+    for channels_last, activation in ((False, 0), (True, 2)):
+        x, weight, grad = torch.randn(2, 4, 6, 5), torch.randn(6, 2, 3, 3), torch.randn(2, 6, 3, 2)
+        if channels_last:
+            x, weight, grad = innermost(x), innermost(weight), innermost(grad)
+        geometry = [2, 2], [1, 1], [1, 1], 2, channels_last
+        bias, residual = torch.randn(6), grad.clone()
+        keep = activation > 0
+        torch.library.opcheck(ops.conv_forward, (x, weight, bias, residual, [3, 3], *geometry, activation, keep)) if (
+            grad.shape[2:] == (3, 3)
+        ) else torch.library.opcheck(ops.conv_forward, (x, weight, bias, None, [3, 3], *geometry, activation, keep))
+        y = ops.conv_forward(x, weight, None, None, [3, 3], *geometry, 0, False)[0]
+        torch.library.opcheck(ops.conv_grad_input, (y, weight, None, None, [6, 5], *geometry, activation, keep))
+        torch.library.opcheck(ops.conv_grad_weight, (y, x, weight, *geometry))
+        torch.library.opcheck(ops.conv_grad_epilogue, (y, y.clone(), activation))
+
+
+# ---- callers ---------------------------------------------------------------------------------------------------------
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = fastnets.nn.Conv2d(3, 8, 3, padding=1)
+        self.second = fastnets.nn.Conv2d(8, 8, 3, padding="same", groups=8)
+        self.third = fastnets.nn.ConvTranspose2d(8, 4, 2, stride=2)
+
+    def forward(self, x):
+        return self.third(torch.relu(self.second(self.first(x).relu())))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_compile(channels_last):
+    net, x = Net(), torch.randn(2, 3, 8, 8)
+    x = (innermost(x) if channels_last else x).requires_grad_()
+    expected = [y := net(x), *gradients(y, [x, *net.parameters()])]
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    found = [y := compiled(x), *gradients(y, [x, *net.parameters()])]
+    torch.testing.assert_close(found, expected)
+    assert found[0].stride() == expected[0].stride()
+
+
+def test_compile_with_dynamic_sizes():
+    def run(x, weight, bias):
+        return functional.conv2d(x, weight, bias, stride=2, padding=1, activation="gelu")
+
+    weight, bias = torch.randn(5, 3, 3, 3, requires_grad=True), torch.randn(5)
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
+    for size in (8, 9, 14):
+        x = torch.randn(2, 3, size, size + 1)
+        torch.testing.assert_close(compiled(x, weight, bias), run(x, weight, bias))
+        torch.testing.assert_close(
+            gradients(compiled(x, weight, bias), [weight]), gradients(run(x, weight, bias), [weight])
+        )
+
+
+def test_export():
+    net, x = Net().eval(), torch.randn(2, 3, 8, 8)
+    program = torch.export.export(net, (x,))
+    torch.testing.assert_close(program.module()(x), net(x))
+    assert "fastnets" in str(program.graph)
+
+
+def test_deepcopy_pickle_save_and_functional_call():
+    net, x = Net(), torch.randn(2, 3, 8, 8)
+    expected = net(x)
+    torch.testing.assert_close(copy.deepcopy(net)(x), expected)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(net))(x), expected)
+    file = io.BytesIO()
+    torch.save(net.state_dict(), file)
+    file.seek(0)
+    other = Net()
+    other.load_state_dict(torch.load(file))
+    torch.testing.assert_close(other(x), expected)
+    parameters = {name: p.detach().mul(2).requires_grad_() for name, p in net.named_parameters()}
+    y = torch.func.functional_call(net, parameters, (x,))
+    assert not torch.allclose(y, expected)
+    assert all(g is not None for g in gradients(y, list(parameters.values())))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
+def test_autocast_follows_torch(dtype):
+    ours, stock = fastnets.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(3, 4, 3)
+    stock.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 3, 6, 6)
+    with torch.autocast("cpu", dtype):
+        y, expected = ours(x), stock(x)
+        assert ours.double()(x.double()).dtype == stock.double()(x.double()).dtype
+    assert y.dtype == expected.dtype == dtype
+    torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
+
+
+def test_eight_threads_share_a_layer():
+    layer, x = fastnets.nn.Conv2d(16, 40, 3, padding=1), torch.randn(4, 16, 12, 12)
+    expected = [y := layer(x), *gradients(y, list(layer.parameters()))]
+    wrong = []
+
+    def work():
+        for _ in range(10):
+            found = [y := layer(x), *gradients(y, list(layer.parameters()))]
+            if not all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)):
+                wrong.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def run_python(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_fork_after_use():
+    run_python(
+        "import os, torch, fastnets\n"
+        "torch.set_num_threads(4)\n"
+        "x, w = torch.randn(8, 16, 32, 32), torch.randn(32, 16, 3, 3)\n"
+        "y = fastnets.functional.conv2d(x, w)\n"
+        "pid = os.fork()\n"
+        "if pid == 0:\n"
+        "    again = fastnets.functional.conv2d(x, w)\n"
+        "    torch.set_num_threads(1)\n"  # torch's own threads do not survive a fork
+        "    os._exit(0 if torch.allclose(again, y, atol=1e-4) else 1)\n"
+        "assert os.waitpid(pid, 0)[1] == 0\n"
+    )
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+def test_every_instruction_set(isa):
+    best = fastnets._library.cpu_capability()
+    if best is None or ["generic", "avx2", "avx512"].index(isa) > ["generic", "avx2", "avx512"].index(best):
+        pytest.skip(f"this processor has {best}")
+    print(
+        run_python(
+            "import torch\n"
+            "from fastnets import testing\n"
+            "for case in testing.operator_table('conv')[::3]:\n"
+            "    for dtype in (torch.float32, torch.bfloat16) if case.verify else ():\n"
+            "        outcome = testing.check(case, dtype, 'cpu')\n"
+            "        assert outcome.passed, (case.name, dtype, outcome)\n",
+            FASTNETS_CPU=isa,
+        )
+    )
+
+
+# ---- any input -------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def calls(draw):
+    """A function's name, the shapes of input, weight and bias, and options, most of them valid."""
+    dims, transposed = draw(st.integers(1, 3)), draw(st.booleans())
+    groups, ins, outs = draw(st.integers(1, 3)), draw(st.integers(1, 5)), draw(st.integers(1, 20))
+
+    def each(low, high):
+        return tuple(draw(st.integers(low, high)) for _ in range(dims))
+
+    batch = draw(st.integers(0, 3))
+    options = {"stride": each(1, 3), "padding": each(0, 3), "dilation": each(1, 3), "groups": groups}
+    if transposed:
+        options["output_padding"] = each(0, 1)
+        weight = (ins * groups, outs, *each(1, 4))
+    else:
+        weight = (outs * groups, ins, *each(1, 4))
+    name = f"conv{'_transpose' if transposed else ''}{dims}d"
+    return name, (batch, ins * groups, *each(1, 9)), weight, outs * groups, options
+
+
+@settings(max_examples=150, deadline=None)
+@given(call=calls(), data=st.data())
+def test_any_shape_and_option(call, data):
+    name, x_shape, weight_shape, channels, options = call
+    dtype = data.draw(st.sampled_from(FLOATING))
+    x, weight, bias = torch.randn(x_shape), torch.randn(weight_shape), torch.randn(channels)
+    x, weight, bias = (t.to(dtype).requires_grad_() for t in (x, weight, bias))
+    if data.draw(st.booleans()):
+        x = innermost(x)
+    activation = data.draw(st.sampled_from(list(ACTIVATIONS)))
+    try:
+        y = getattr(functional, name)(x, weight, bias, **options, activation=activation)
+    except ValueError:
+        # In float64: oneDNN's own float32 convolution is not safe on every shape.
+        with pytest.raises(RuntimeError):
+            getattr(torch.nn.functional, name)(x.double(), weight.double(), bias.double(), **options)
+        return
+    if y.numel() == 0:
+        return
+    stock = ACTIVATIONS[activation](
+        getattr(torch.nn.functional, name)(x.double(), weight.double(), bias.double(), **options)
+    )
+    leaves = [x, weight, bias]
+    expected = [stock, *gradients(stock, leaves)]
+    # Sums of n products lose a few epsilons of their largest term; 16 bits round the intermediate gradient as well.
+    size = max(16, y.numel() // channels, weight[0].numel())
+    tolerance = torch.finfo(dtype).eps * 4 * size**0.5
+    for found, true in zip([y, *gradients(y, leaves)], expected, strict=True):
+        scale = max(1.0, true.abs().max().item())
+        assert found.shape == true.shape
+        assert (found.double() - true.double()).abs().max().item() <= tolerance * scale
+
+
+BAD = [
+    ({"stride": 0}, ValueError, "stride"),
+    ({"stride": (1, 2, 3)}, ValueError, "stride"),
+    ({"stride": 1.5}, TypeError, "stride"),
+    ({"padding": -1}, ValueError, "padding"),
+    ({"padding": "most"}, ValueError, "padding"),
+    ({"padding": "same", "stride": 2}, ValueError, "padding"),
+    ({"dilation": 0}, ValueError, "dilation"),
+    ({"dilation": 9}, ValueError, "kernel"),
+    ({"groups": 0}, ValueError, "groups"),
+    ({"groups": 3}, ValueError, "groups"),
+    ({"groups": 2}, ValueError, "input"),
+    ({"groups": "two"}, TypeError, "groups"),
+    ({"activation": "softplus"}, ValueError, "activation"),
+    ({"residual": torch.zeros(1)}, ValueError, "residual"),
+    ({"residual": 3}, TypeError, "residual"),
+    ({"bias": torch.zeros(3)}, ValueError, "bias"),
+    ({"bias": torch.zeros(6).double()}, TypeError, "bias"),
+    ({"bias": [1.0]}, TypeError, "bias"),
+    ({"weight": torch.zeros(6, 4, 3)}, ValueError, "weight"),
+    ({"weight": torch.zeros(6, 5, 3, 3)}, ValueError, "input"),
+    ({"weight": torch.zeros(6, 4, 3, 3).half()}, TypeError, "weight"),
+    ({"weight": torch.zeros(6, 4, 3, 3, device="meta")}, ValueError, "weight"),
+    ({"weight": None}, TypeError, "weight"),
+    ({"input": torch.zeros(4, 4)}, ValueError, "input"),
+    ({"input": torch.zeros(1, 4, 2, 8)}, ValueError, "kernel"),
+    ({"input": [[0.0]]}, TypeError, "input"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "argument"), BAD, ids=[str(i) for i in range(len(BAD))])
+def test_bad_input_is_named(change, error, argument):
+    arguments = {"input": torch.zeros(1, 4, 8, 8), "weight": torch.zeros(6, 4, 3, 3), "bias": None} | change
+    with pytest.raises(error, match=argument):
+        functional.conv2d(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "argument"),
+    [
+        ({"output_padding": 2}, "output_padding"),
+        ({"output_padding": -1}, "output_padding"),
+        ({"padding": 9}, "padding"),
+        ({"stride": -1}, "stride"),
+        ({"groups": 5}, "groups"),
+    ],
+    ids=str,
+)
+def test_bad_transposed_input_is_named(change, argument):
+    with pytest.raises(ValueError, match=argument):
+        functional.conv_transpose2d(torch.zeros(1, 4, 8, 8), torch.zeros(4, 6, 3, 3), **{"stride": 2} | change)
+
+
+def test_sizes_past_two_to_the_31_on_meta():
+    x, weight = torch.empty(3, 1 << 15, 1 << 16, device="meta"), torch.empty(5, 3, 3, 3, device="meta")
+    assert functional.conv2d(x, weight).shape == (5, (1 << 15) - 2, (1 << 16) - 2)
+    assert functional.conv_transpose2d(x, weight.transpose(0, 1), stride=3).shape == (5, 3 << 15, 3 << 16)
+    with pytest.raises(ValueError, match="stride"):
+        functional.conv2d(x, weight, stride=0)
+    with pytest.raises(ValueError, match="kernel"):
+        functional.conv2d(x, weight, dilation=1 << 31)

@@ -1,5 +1,6 @@
 """The convolutions beyond the operator table: PyTorch's samples and errors, modules, gradients, callers, bad input."""
 
+import contextlib
 import copy
 import io
 import itertools
@@ -102,7 +103,8 @@ def test_module_samples_of_torch(info, dtype):
             second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
             outputs.append([y, *first, *second])
         for found in outputs[1:]:
-            torch.testing.assert_close(found, outputs[0], rtol=1e-4, atol=1e-4)
+            # Gradients of gradients reach thousands.
+            torch.testing.assert_close(found, outputs[0], rtol=1e-3, atol=1e-2 if dtype == torch.float32 else 1e-9)
         count += 1
     assert count > 0
 
@@ -162,12 +164,9 @@ def test_output_size_chooses_among_the_transposed_sizes():
 
 def test_the_kernels_run_and_say_when_they_do_not():
     seen = []
-    dispatch._recorders.append(lambda case, chosen, objections: seen.append((chosen.backend, objections)))
-    try:
+    with dispatch.recording(lambda case, chosen, objections: seen.append((chosen.backend, objections))):
         functional.conv2d(torch.randn(1, 2, 5, 5), torch.randn(3, 2, 3, 3))
         functional.conv2d(torch.ones(1, 2, 5, 5).long(), torch.ones(3, 2, 3, 3).long())
-    finally:
-        dispatch._recorders.pop()
     assert [backend for backend, _ in seen] == ["cpu", "reference"]
     assert "int64" in seen[1][1]["cpu"]
 
@@ -242,24 +241,25 @@ def test_nan_and_infinities_follow_torch():
     x[0, 0, 0, 0], x[1, 2, 3, 3] = torch.nan, torch.inf
     for name, activation in ACTIVATIONS.items():
         y = functional.conv2d(x, weight, padding=1, activation=name)
-        expected = activation(torch.nn.functional.conv2d(x, weight, padding=1))
+        plain = torch.nn.functional.conv2d(x, weight, padding=1)
+        expected = activation(plain)
+        if name == "gelu":  # PyTorch's vectorised one gives NaN; the limit is infinity
+            expected = torch.where(plain == torch.inf, plain, expected)
         torch.testing.assert_close(y, expected, equal_nan=True, rtol=1e-4, atol=1e-5)
 
 
 def test_opcheck():
     ops = torch.ops.fastnets
     for channels_last, activation in ((False, 0), (True, 2)):
-        x, weight, grad = torch.randn(2, 4, 6, 5), torch.randn(6, 2, 3, 3), torch.randn(2, 6, 3, 2)
+        x, weight, residual = torch.randn(2, 4, 6, 5), torch.randn(6, 2, 3, 3), torch.randn(2, 6, 3, 3)
         if channels_last:
-            x, weight, grad = innermost(x), innermost(weight), innermost(grad)
+            x, weight, residual = innermost(x), innermost(weight), innermost(residual)
         geometry = [2, 2], [1, 1], [1, 1], 2, channels_last
-        bias, residual = torch.randn(6), grad.clone()
-        keep = activation > 0
-        torch.library.opcheck(ops.conv_forward, (x, weight, bias, residual, [3, 3], *geometry, activation, keep)) if (
-            grad.shape[2:] == (3, 3)
-        ) else torch.library.opcheck(ops.conv_forward, (x, weight, bias, None, [3, 3], *geometry, activation, keep))
+        bias = torch.randn(6)
+        epilogue = activation, activation > 0
+        torch.library.opcheck(ops.conv_forward, (x, weight, bias, residual, [3, 3], *geometry, *epilogue))
         y = ops.conv_forward(x, weight, None, None, [3, 3], *geometry, 0, False)[0]
-        torch.library.opcheck(ops.conv_grad_input, (y, weight, None, None, [6, 5], *geometry, activation, keep))
+        torch.library.opcheck(ops.conv_grad_input, (y, weight, None, None, [6, 5], *geometry, *epilogue))
         torch.library.opcheck(ops.conv_grad_weight, (y, x, weight, *geometry))
         torch.library.opcheck(ops.conv_grad_epilogue, (y, y.clone(), activation))
 
@@ -436,8 +436,10 @@ def test_any_shape_and_option(call, data):
         y = getattr(functional, name)(x, weight, bias, **options, activation=activation)
     except ValueError:
         # In float64: oneDNN's own float32 convolution is not safe on every shape.
-        with pytest.raises(RuntimeError):
-            getattr(torch.nn.functional, name)(x.double(), weight.double(), bias.double(), **options)
+        # What it takes that ours refuses is empty.
+        with contextlib.suppress(RuntimeError):
+            stock = getattr(torch.nn.functional, name)(x.double(), weight.double(), bias.double(), **options)
+            assert stock.numel() == 0
         return
     if y.numel() == 0:
         return
@@ -465,7 +467,7 @@ BAD = [
     ({"dilation": 0}, ValueError, "dilation"),
     ({"dilation": 9}, ValueError, "kernel"),
     ({"groups": 0}, ValueError, "groups"),
-    ({"groups": 3}, ValueError, "groups"),
+    ({"groups": 4}, ValueError, "groups"),
     ({"groups": 2}, ValueError, "input"),
     ({"groups": "two"}, TypeError, "groups"),
     ({"activation": "softplus"}, ValueError, "activation"),

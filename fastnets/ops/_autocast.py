@@ -4,10 +4,14 @@ import torch
 from torch import Tensor
 
 
+def _enabled(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def lower(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Casts float32 tensors to autocast's dtype where autocast is on, as for convolution and matrix products."""
     device = next(t.device.type for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(device):
+    if not _enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(
@@ -18,7 +22,7 @@ def lower(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 def full(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Casts lower precision to float32 where autocast is on, as for softmax."""
     device = next(t.device.type for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(device):
+    if not _enabled(device):
         return tensors
     low = (torch.bfloat16, torch.float16)
     return tuple(t.float() if t is not None and t.dtype in low else t for t in tensors)

@@ -2,7 +2,12 @@
 // meaning are in fastnets/reference, the definition of every operator. Arguments arrive validated (fastnets/ops).
 #include <torch/csrc/stable/library.h>
 
-STABLE_TORCH_LIBRARY(fastnets, m) {
+// The SIMT device registers its operators, the CUDA kernels on the CPU, in a library of its own.
+#if !defined(FASTNETS_LIBRARY)
+#define FASTNETS_LIBRARY fastnets
+#endif
+
+STABLE_TORCH_LIBRARY(FASTNETS_LIBRARY, m) {
   // activation(conv + bias + residual). x[N, C, *], weight[K, C / groups, *kernel], `size` the result's, `padding` the
   // zeros before the first element (those behind the last follow from size), up to 3 spatial dimensions; x, residual
   // and the result contiguous or, with channels_last, their channels innermost. activation: an index into

@@ -1,5 +1,9 @@
-"""Loads the operator library, `_C.abi3.so`. Without it everything runs on the reference backend."""
+"""Loads the operator library, `_C.abi3.so`. Without it everything runs on the reference backend.
 
+Builds for development have a second one, `_simt`: the CUDA kernels on the SIMT device.
+"""
+
+import importlib
 import importlib.machinery
 import warnings
 from pathlib import Path
@@ -30,6 +34,21 @@ missing: str | None = _load()
 
 if missing is not None:
     warnings.warn(f"fastnets runs on its plain PyTorch reference, slowly: {missing}", stacklevel=2)
+
+
+def _load_simt() -> str | None:
+    """Loads the SIMT device; returns why it could not be, or None."""
+    try:
+        importlib.import_module("fastnets._simt")
+    except ModuleNotFoundError:
+        return "the SIMT device is not built: FASTNETS_SIMT=1 pip install --no-build-isolation --editable ."
+    except ImportError as error:
+        return f"the SIMT device does not load: {error}"
+    return None
+
+
+simt_missing: str | None = _load_simt()
+"""Why the SIMT device is not there, or None when it is."""
 
 
 def cpu_capability() -> str | None:

@@ -53,6 +53,7 @@ def _supports_everything(case: Case) -> None:
 
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _cpu_supports(case: Case) -> str | None:
@@ -65,10 +66,21 @@ def _cpu_supports(case: Case) -> str | None:
     return None
 
 
+def _simt_supports(case: Case) -> str | None:
+    if _library.simt_missing is not None:
+        return _library.simt_missing
+    if case.device != "cpu":
+        return f"it takes CPU tensors, not {case.device} ones"
+    if case.dtype not in _CUDA_DTYPES:
+        return f"the CUDA kernels take float32, bfloat16 and float16, not {case.dtype}"
+    return None
+
+
 # (family, backend) -> Implementation. A new backend adds its rows here and its name to ORDER.
 IMPLEMENTATIONS: dict[tuple[str, str], Implementation] = {
     **{(family, "reference"): Implementation("reference", _supports_everything) for family in FAMILIES},
     **{(family, "cpu"): Implementation("cpu", _cpu_supports, torch.ops.fastnets) for family in FAMILIES},
+    ("softmax", "simt"): Implementation("simt", _simt_supports, torch.ops.fastnets_simt),
 }
 
 # Device type -> backends in the order in which they are asked.
@@ -81,7 +93,6 @@ _ORDER_ELSEWHERE = ("reference",)
 _NOT_BUILT = {
     "cuda": "the CUDA kernels are not part of this release",
     "triton": "the Triton kernels are not part of this release",
-    "simt": "the SIMT device is not part of this release",
 }
 
 
@@ -89,6 +100,8 @@ def why_missing(name: str) -> str | None:
     """Why backend `name` cannot run on this machine at all; None when it can."""
     if name == "cpu":
         return _library.missing
+    if name == "simt":
+        return _library.simt_missing
     return _NOT_BUILT.get(name)
 
 
@@ -161,7 +174,8 @@ def select(case: Case) -> Implementation:
 
 def _forced_choice(case: Case, name: str) -> Implementation:
     implementation = IMPLEMENTATIONS.get((case.family, name))
-    reason = why_missing(name) if implementation is None else implementation.supports(case)
+    missing = why_missing(name) or "it has no such operator"
+    reason = missing if implementation is None else implementation.supports(case)
     if implementation is None or reason is not None:
         raise Unsupported(f"backend {name!r} does not run this {case.family}: {reason}")
     return implementation

@@ -1,0 +1,35 @@
+// fastnets._simt: control of the SIMT device and its counters, for tests and `inspect`. Importing it registers the
+// operators torch.ops.fastnets_simt.
+#include <pybind11/pybind11.h>
+
+#include "runtime.h"
+
+namespace py = pybind11;
+
+namespace {
+
+py::dict counters() {
+  py::dict kernels;
+  for (const auto& [name, of_kernel] : simt::counters()) {
+    py::dict values;
+#define FASTNETS_SIMT_ENTRY(field) values[#field] = of_kernel.field;
+    FASTNETS_SIMT_COUNTERS(FASTNETS_SIMT_ENTRY)
+#undef FASTNETS_SIMT_ENTRY
+    kernels[py::str(name)] = values;
+  }
+  return kernels;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_simt, m) {
+  m.doc() = "The SIMT device: runs the CUDA kernels on the CPU, thread by thread.";
+  m.def("set_seed", &simt::set_seed, py::arg("seed"),
+        "0 runs blocks and threads in order; every other seed is another order.");
+  m.def("set_counting", &simt::set_counting, py::arg("on"), "Whether launches are counted; it makes them slower.");
+  m.def("counters", &counters, "{kernel: {counter: value}} since reset_counters(); see csrc/simt/runtime.h.");
+  m.def("reset_counters", &simt::reset_counters);
+  m.def("shared_limit", &simt::shared_limit, "The bytes of shared memory that a block may have.");
+  m.def("set_shared_limit", &simt::set_shared_limit, py::arg("bytes"),
+        "The architecture's: 101376 on 8.6, 8.9 and 12.0, 166912 on 8.0, 232448 on 9.0 and 10.0.");
+}

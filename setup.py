@@ -108,7 +108,7 @@ class BuildLibrary(build_ext):
         cache = "ccache " if shutil.which("ccache") else ""
         flags = [*FLAGS, f"-I{torch / 'include'}", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
         flags += [f"-ffile-prefix-map={ROOT.resolve()}=.", "-isystem", str(torch / "include")]
-        simt, simt_libraries = simt_flags(compiler) if ext.name == SIMT else (None, "")
+        simt, libraries = simt_flags(compiler) if ext.name == SIMT else (None, "")
         lines = [
             "rule compile",
             f"  command = {cache}{compiler} -MMD -MF $out.d {' '.join(flags)} $extra -c $in -o $out",
@@ -117,7 +117,7 @@ class BuildLibrary(build_ext):
             "  description = compiling $out",
             "rule link",
             # Only what torch already has in the process: no path to it is stored.
-            f"  command = {compiler} -shared -s -o $out $in -L{torch / 'lib'} -ltorch_cpu -lc10 -pthread {simt_libraries}",
+            f"  command = {compiler} -shared -s -o $out $in -L{torch / 'lib'} -ltorch_cpu -lc10 -pthread {libraries}",
             "  description = linking $out",
         ]
         objects = []
@@ -125,7 +125,10 @@ class BuildLibrary(build_ext):
             path = Path(source)
             # A kernel names no torch header and is compiled once an instruction set; generic comes first, so that an
             # inline function that the linker merges is taken from the version that runs everywhere.
-            variants = {name: " ".join([*KERNEL_FLAGS, f"-DFASTNETS_ISA={name}", *extra]) for name, extra in INSTRUCTION_SETS.items()}
+            variants = {
+                name: " ".join([*KERNEL_FLAGS, f"-DFASTNETS_ISA={name}", *extra])
+                for name, extra in INSTRUCTION_SETS.items()
+            }
             if path.name not in KERNELS:
                 variants = {"": simt and f"{simt} -x c++"}
             for name, extra in variants.items():

@@ -1,5 +1,5 @@
-// The softmax operators on every device: from torch's tensors to the kernels' parameters. `run` starts a device's kernel
-// for parameters that lie where the given tensor does.
+// The softmax operators on every device: from torch's tensors to the kernels' parameters. `run` starts a device's
+// kernel for parameters that lie where the given tensor does.
 #pragma once
 
 #include "cpu/op.h"

@@ -29,9 +29,10 @@
 #define FASTNETS_AT , FASTNETS_HERE
 #define FASTNETS_PASS_AT , at
 
-#define SHARED_ARRAY(T, name, count)    \
-  static const char name##_tag_ = 0;    \
-  T(&name)[count] = *static_cast<T(*)[count]>(simt::static_shared(&name##_tag_, sizeof(T[count]), simt::Where::current()))
+#define SHARED_ARRAY(T, name, count) \
+  static const char name##_tag_ = 0; \
+  T(&name)                           \
+  [count] = *static_cast<T(*)[count]>(simt::static_shared(&name##_tag_, sizeof(T[count]), simt::Where::current()))
 #define DYNAMIC_SHARED(name) unsigned char* const name = static_cast<unsigned char*>(simt::dynamic_shared())
 
 #endif
@@ -210,7 +211,12 @@ __device__ __forceinline__ T load_global(const T* p FASTNETS_AT) {
 }
 template <class T>
 __device__ __forceinline__ void store_global(T* p, T value FASTNETS_AT) {
-  store_global<1>(p, Vector<T, 1>{{value}} FASTNETS_PASS_AT);
+  store_global<1>(
+      p, Vector<T, 1> {
+        {
+          value
+        }
+      } FASTNETS_PASS_AT);
 }
 template <class T>
 __device__ __forceinline__ T load_shared(const T* p FASTNETS_AT) {
@@ -218,7 +224,12 @@ __device__ __forceinline__ T load_shared(const T* p FASTNETS_AT) {
 }
 template <class T>
 __device__ __forceinline__ void store_shared(T* p, T value FASTNETS_AT) {
-  store_shared<1>(p, Vector<T, 1>{{value}} FASTNETS_PASS_AT);
+  store_shared<1>(
+      p, Vector<T, 1> {
+        {
+          value
+        }
+      } FASTNETS_PASS_AT);
 }
 
 }  // namespace fastnets

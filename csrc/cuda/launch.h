@@ -31,8 +31,9 @@ inline size_t shared_limit() { return simt::shared_limit(); }
 template <class... Parameters>
 void launch(const Grid& grid, void (*kernel)(Parameters...), std::type_identity_t<Parameters>... arguments) {
   auto thread = [&] { kernel(arguments...); };
-  simt::run({grid.name, grid.grid, grid.block, grid.shared, grid.cooperative},
-            [](void* context) { (*static_cast<decltype(thread)*>(context))(); }, &thread);
+  simt::run(
+      {grid.name, grid.grid, grid.block, grid.shared, grid.cooperative},
+      [](void* context) { (*static_cast<decltype(thread)*>(context))(); }, &thread);
 }
 
 #else

@@ -1,5 +1,5 @@
-// softmax(x * scale + mask) over the middle of [outer, size, inner], forward and backward, computed in float. A row that
-// the mask leaves empty (all False, or all -inf) gives zeros and zero gradient.
+// softmax(x * scale + mask) over the middle of [outer, size, inner], forward and backward, computed in float. A row
+// that the mask leaves empty (all False, or all -inf) gives zeros and zero gradient.
 //
 // Rows of up to kHeld elements stay in one warp's registers: x is read once. Longer rows take a block each and are read
 // twice. Where inner > 1, neighbouring threads take neighbouring columns, so that every load is coalesced.
@@ -11,10 +11,10 @@ namespace {
 
 constexpr int kPerLane = 32;  // elements of a row that a lane holds
 constexpr int kHeld = 32 * kPerLane;
-constexpr int kWarps = 4;            // rows of a block, one a warp
-constexpr int kLongThreads = 512;    // of a block that has one long row
-constexpr int kColumns = 32;         // of a block where inner > 1
-constexpr int kSlices = 8;           // threads that share a column
+constexpr int kWarps = 4;          // rows of a block, one a warp
+constexpr int kLongThreads = 512;  // of a block that has one long row
+constexpr int kColumns = 32;       // of a block where inner > 1
+constexpr int kSlices = 8;         // threads that share a column
 
 // Where, in elements of the mask, entry `index` of the collapsed dimensions begins.
 __device__ int64_t mask_offset(int64_t index, int dims, const int64_t* sizes, const int64_t* strides) {
@@ -151,7 +151,8 @@ __global__ void __launch_bounds__(kColumns* kSlices, 4) forward_columns(SoftmaxF
     const float by = shift(total.max), factor = inverse(total.sum);
     for (int64_t i = threadIdx.y; i < p.size && exists; i += kSlices) {
       const int64_t at = row.begin + i * p.inner;
-      store_global(static_cast<T*>(p.y) + at, from_float<T>(expf(row.score(to_float(load_global(x + at)), i) - by) * factor));
+      store_global(static_cast<T*>(p.y) + at,
+                   from_float<T>(expf(row.score(to_float(load_global(x + at)), i) - by) * factor));
     }
   });
 }
@@ -182,7 +183,8 @@ __global__ void __launch_bounds__(32 * kWarps, 4) backward_short(SoftmaxBackward
       const int i = (c * 32 + lane) * N;
       Vector<T, N> result;
 #pragma unroll
-      for (int e = 0; e < N; ++e) result[e] = from_float<T>(gradient(to_float(grads[c][e]), to_float(ys[c][e]), dot, p));
+      for (int e = 0; e < N; ++e)
+        result[e] = from_float<T>(gradient(to_float(grads[c][e]), to_float(ys[c][e]), dot, p));
       if (i < size) store_global(static_cast<T*>(p.grad_x) + begin + i, result);
     }
   }
@@ -235,9 +237,8 @@ constexpr int kVector = 16 / sizeof(T);
 // Whether rows can be read 16 bytes at a time.
 template <class T>
 bool aligned(int64_t size, std::initializer_list<const void*> tensors) {
-  return size % kVector<T> == 0 && std::all_of(tensors.begin(), tensors.end(), [](const void* p) {
-           return reinterpret_cast<uintptr_t>(p) % 16 == 0;
-         });
+  return size % kVector<T> == 0 && std::all_of(tensors.begin(), tensors.end(),
+                                               [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; });
 }
 
 // The kernels of one direction for storage type T; each is called with the direction's parameters alone.
@@ -256,7 +257,8 @@ void run(const Kernels<P>& kernels, const P& p, bool wide, Stream stream) {
   } else if (p.size > kHeld) {
     launch({kernels.name, blocks_for(p.outer), kLongThreads, stream}, kernels.long_rows[wide], p);
   } else {
-    launch({kernels.name, blocks_for((p.outer + kWarps - 1) / kWarps), 32 * kWarps, stream}, kernels.short_rows[wide], p);
+    launch({kernels.name, blocks_for((p.outer + kWarps - 1) / kWarps), 32 * kWarps, stream}, kernels.short_rows[wide],
+           p);
   }
 }
 

@@ -2,8 +2,8 @@
 // for the SIMT device beside it; tests/test_tensor_core.py holds the two against each other by running the PTX itself.
 //
 // Fragments are those of NVIDIA's PTX manual (9.7.14.5, mma.m16n8k16 and m16n8k8). Lane l has group g = l / 4 and place
-// t = l % 4. Of A [16, K] its registers hold rows g and g + 8, of B [K, 8] column g, of C and D [16, 8] rows g and g + 8
-// at columns 2t and 2t + 1. A 32-bit register holds two 16-bit elements, the lower index in its lower half.
+// t = l % 4. Of A [16, K] its registers hold rows g and g + 8, of B [K, 8] column g, of C and D [16, 8] rows g and g +
+// 8 at columns 2t and 2t + 1. A 32-bit register holds two 16-bit elements, the lower index in its lower half.
 #pragma once
 
 #include <type_traits>

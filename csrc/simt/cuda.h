@@ -93,10 +93,10 @@ inline int __all_sync(uint32_t mask, int predicate, simt::Where at = simt::Where
   return simt::ballot("__all_sync", mask, predicate != 0, at) == mask;
 }
 
-#define FASTNETS_SIMT_REDUCTION(name, how)                                                               \
-  template <class T>                                                                                     \
-  T __reduce_##name##_sync(uint32_t mask, T value, simt::Where at = simt::Where::current()) {            \
-    static_assert(std::is_integral_v<T> && sizeof(T) == 4);                                              \
+#define FASTNETS_SIMT_REDUCTION(name, how)                                                                 \
+  template <class T>                                                                                       \
+  T __reduce_##name##_sync(uint32_t mask, T value, simt::Where at = simt::Where::current()) {              \
+    static_assert(std::is_integral_v<T> && sizeof(T) == 4);                                                \
     return static_cast<T>(simt::reduce("__reduce_" #name "_sync", mask, value, simt::Reduction::how, at)); \
   }
 FASTNETS_SIMT_REDUCTION(add, kAdd)

@@ -25,13 +25,13 @@ struct Fiber : Thread {
   Context context;
   Block* in_block = nullptr;
   Warp* warp = nullptr;
-  unsigned linear = 0;          // the thread's number in its block
-  const char* what = nullptr;   // waits for, or null
-  uint32_t mask = 0;            // of the collective it waits for
-  Where at;                     // where it waits, or polled last
+  unsigned linear = 0;         // the thread's number in its block
+  const char* what = nullptr;  // waits for, or null
+  uint32_t mask = 0;           // of the collective it waits for
+  Where at;                    // where it waits, or polled last
   bool done = false;
-  std::vector<Copy> copies;     // under way, oldest first
-  unsigned open_group = 0;      // that the next copies belong to
+  std::vector<Copy> copies;  // under way, oldest first
+  unsigned open_group = 0;   // that the next copies belong to
 };
 
 // A collective that some lanes have reached.
@@ -70,7 +70,7 @@ struct Warp {
   std::vector<Meeting> meetings;
   unsigned next_clock = 0;
   char clocks[8];
-  std::unordered_map<Site, unsigned, SiteHash> turns;      // by lane: how often it executed the line
+  std::unordered_map<Site, unsigned, SiteHash> turns;    // by lane: how often it executed the line
   std::unordered_map<Site, Request, SiteHash> requests;  // by turn: not yet executed by every live lane
 };
 

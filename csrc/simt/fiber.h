@@ -6,8 +6,8 @@
 namespace simt {
 
 struct Context {
-  void* suspended[5] = {};      // where it goes on; meaningless while it runs
-  void (*entry)() = nullptr;    // where it begins, until it has
+  void* suspended[5] = {};    // where it goes on; meaningless while it runs
+  void (*entry)() = nullptr;  // where it begins, until it has
   void* stack = nullptr;
   size_t stack_size = 0;
   void* fake_stack = nullptr;  // AddressSanitizer's

@@ -33,7 +33,7 @@ constexpr size_t kStack = 256 << 10;
 #else
 constexpr size_t kStack = 64 << 10;
 #endif
-constexpr unsigned kMaxThreads = 1024;   // in a block
+constexpr unsigned kMaxThreads = 1024;    // in a block
 constexpr uint64_t kPollLimit = 1 << 22;  // atomics in a row, of all threads, without any progress
 
 // Who can go on, in the order in which they will. Its size is fixed before the fibers run: memory that one fiber took
@@ -78,7 +78,10 @@ struct Device {
   std::exception_ptr failure;
   void (*body)(void*) = nullptr;
   void* argument = nullptr;
-  char clock;  // ThreadSanitizer's, of the grid's end
+  char start, end;  // ThreadSanitizer's clocks: host to fibers, fibers to host
+#if defined(FASTNETS_SIMT_TSAN)
+  std::vector<std::unique_ptr<Fiber>> spent;  // read by kernels: not to be freed before the grid's end
+#endif
 
   uint64_t seed = 0;
   std::mt19937_64 random;
@@ -89,8 +92,10 @@ struct Device {
 
 Fiber& running() { return *static_cast<Fiber*>(current); }
 
+bool same(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; }
+
 bool same_place(Where a, Where b) {
-  return a.line() == b.line() && a.column() == b.column() && std::strcmp(a.file_name(), b.file_name()) == 0;
+  return a.line() == b.line() && a.column() == b.column() && same(a.file_name(), b.file_name());
 }
 
 std::string place(Where at) { return std::string(at.file_name()) + ":" + std::to_string(at.line()); }
@@ -151,6 +156,7 @@ Fiber* take_ready() {
 // Goes on with another fiber, or with the host when none is ready or one has failed.
 void suspend() {
   Fiber& self = running();
+  release(&device.end);  // should the grid end in a failure
   Fiber* const next = device.failure ? nullptr : take_ready();
   if (next == &self) return;
   current = next;
@@ -211,7 +217,6 @@ void finish() {
   block.live -= 1;
   device.live -= 1;
   device.polls = 0;
-  release(&device.clock);
   for (Barrier& barrier : block.barriers) {
     if (barrier.threads == 0 && block.live > 0 && barrier.waiting.size() == block.live) open(barrier);
   }
@@ -221,6 +226,7 @@ void finish() {
 void fiber_main() {
   entered();
   for (;;) {
+    acquire(&device.start);
     try {
       device.body(device.argument);
       finish();
@@ -232,9 +238,12 @@ void fiber_main() {
 }
 
 void drop_fibers() {
-  for (const auto& f : device.fibers) {
+  for (auto& f : device.fibers) {
     discard(f->context);
     munmap(static_cast<char*>(f->context.stack) - getpagesize(), kStack + getpagesize());
+#if defined(FASTNETS_SIMT_TSAN)
+    device.spent.push_back(std::move(f));
+#endif
   }
   device.fibers.clear();
 }
@@ -246,8 +255,10 @@ void provide_fibers(size_t count) {
         mmap(nullptr, kStack + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (p == MAP_FAILED) throw std::bad_alloc();
     mprotect(p, page, PROT_NONE);  // a stack that overflows faults
+    // Stacks begin at different lines of a page: were they alike, a warp's would share a few sets of the cache.
+    const size_t skipped = device.fibers.size() * 1088 % 4096;
     device.fibers.push_back(std::make_unique<Fiber>());
-    prepare(device.fibers.back()->context, static_cast<char*>(p) + page, kStack, fiber_main);
+    prepare(device.fibers.back()->context, static_cast<char*>(p) + page, kStack - skipped, fiber_main);
   }
 }
 
@@ -294,6 +305,7 @@ void start_block(uint64_t number) {
     device.ready.push_back(&f);
   }
   device.live += threads;
+  release(&device.start);
 }
 
 void run_started() {
@@ -354,11 +366,14 @@ void run(const Launch& launch, void (*body)(void*), void* argument) {
   adopt(device.host);
   struct Cleanup {
     ~Cleanup() {
-      acquire(&device.clock);
+      acquire(&device.end);
       current = nullptr;
       device.blocks.clear();
       device.grid_barrier.waiting.clear();
       if (device.live > 0) drop_fibers();  // some stopped half-way
+#if defined(FASTNETS_SIMT_TSAN)
+      device.spent.clear();
+#endif
     }
   } cleanup;
   run_grid();
@@ -437,7 +452,7 @@ void collective(const char* what, uint32_t mask, void* operands, Combine combine
   for (Meeting& m : warp.meetings) {
     // Of two lanes that are each in the other's mask, one has come to m: both must have, or neither goes on.
     if ((m.mask & me) == 0 || (mask & m.arrived) == 0) continue;
-    if (m.mask == mask && same_place(m.at, at) && std::strcmp(m.what, what) == 0) {
+    if (m.mask == mask && same_place(m.at, at) && same(m.what, what)) {
       meeting = &m;
       break;
     }

@@ -88,22 +88,22 @@ void fence();
 
 // What the launches of one kernel did since the last reset. A request is one instruction of one warp: its lanes' n-th
 // executions of one line since the warp's lanes last met all together are taken to be one instruction.
-#define FASTNETS_SIMT_COUNTERS(X)                                                                               \
-  X(launches)                                                                                                   \
-  X(barriers)                                                                                                   \
-  X(mma)                                                                                                        \
-  X(global_load_requests)                                                                                       \
-  X(global_load_sectors) /* of 32 bytes */                                                                      \
-  X(global_load_bytes)   /* that lanes asked for */                                                             \
-  X(global_store_requests)                                                                                      \
-  X(global_store_sectors)                                                                                       \
-  X(global_store_bytes)                                                                                         \
-  X(atomic_requests)                                                                                            \
-  X(shared_load_requests)                                                                                       \
-  X(shared_load_wavefronts) /* passes over the 32 banks */                                                      \
-  X(shared_load_conflicts)  /* wavefronts beyond those that the width of the access needs */                    \
-  X(shared_store_requests)                                                                                      \
-  X(shared_store_wavefronts)                                                                                    \
+#define FASTNETS_SIMT_COUNTERS(X)                                                            \
+  X(launches)                                                                                \
+  X(barriers)                                                                                \
+  X(mma)                                                                                     \
+  X(global_load_requests)                                                                    \
+  X(global_load_sectors) /* of 32 bytes */                                                   \
+  X(global_load_bytes)   /* that lanes asked for */                                          \
+  X(global_store_requests)                                                                   \
+  X(global_store_sectors)                                                                    \
+  X(global_store_bytes)                                                                      \
+  X(atomic_requests)                                                                         \
+  X(shared_load_requests)                                                                    \
+  X(shared_load_wavefronts) /* passes over the 32 banks */                                   \
+  X(shared_load_conflicts)  /* wavefronts beyond those that the width of the access needs */ \
+  X(shared_store_requests)                                                                   \
+  X(shared_store_wavefronts)                                                                 \
   X(shared_store_conflicts)
 
 struct Counters {

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <functional>
 #include <map>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -163,15 +164,7 @@ __global__ void hand_over(float* value, uint32_t* flag, float* y) {
   store_global(y + blockIdx.x, load_global(value));
 }
 
-__global__ void global_overflow(float* y, int n) { store_global(y + n + threadIdx.x, 1.0f); }
-__global__ void shared_overflow(float* y) {
-  SHARED_ARRAY(float, values, 32);
-  store_shared(&values[0] + threadIdx.x + 1, 1.0f);
-  __syncwarp();
-  store_global(y + threadIdx.x, load_shared(&values[threadIdx.x]));
-}
-
-// Loads `count` floats, `stride` apart, `width` (1, 2, 4) at a time, from global memory or from shared.
+// A warp loads N floats a lane, `stride` apart, from global memory or from shared.
 template <int N, bool shared>
 __global__ void strided(const float* x, float* y, int stride) {
   const float* const p = x + threadIdx.x * stride;
@@ -251,15 +244,16 @@ EXPORT const char* run_row_sums(const float* x, float* y, int rows, int n) {
 }
 EXPORT const char* run_product(const BFloat16* a, const BFloat16* b, float* c, int m, int n, int k, int bug) {
   return guarded([&] {
-    bug == kNoWait         ? run_product<kNoWait>(a, b, c, m, n, k)
+    bug == kNoWait          ? run_product<kNoWait>(a, b, c, m, n, k)
     : bug == kNoLoadBarrier ? run_product<kNoLoadBarrier>(a, b, c, m, n, k)
     : bug == kNoLoopBarrier ? run_product<kNoLoopBarrier>(a, b, c, m, n, k)
-                           : run_product<kNone>(a, b, c, m, n, k);
+                            : run_product<kNone>(a, b, c, m, n, k);
   });
 }
 EXPORT const char* run_recurrence(const float* w, float* h, int size, int steps, int bug) {
   return guarded([&] {
-    bug == kNoGridBarrier ? run_recurrence<kNoGridBarrier>(w, h, size, steps) : run_recurrence<kNone>(w, h, size, steps);
+    bug == kNoGridBarrier ? run_recurrence<kNoGridBarrier>(w, h, size, steps)
+                          : run_recurrence<kNone>(w, h, size, steps);
   });
 }
 EXPORT const char* run_tickets(int* counter, int* order, int threads) {
@@ -270,8 +264,12 @@ EXPORT const char* run_hand_over(float* value, uint32_t* flag, float* y, int blo
 }
 EXPORT const char* run_strided(const float* x, float* y, int stride, int width, int shared) {
   return guarded([&] {
-    const auto kernel = shared ? (width == 4 ? strided<4, true> : width == 2 ? strided<2, true> : strided<1, true>)
-                               : (width == 4 ? strided<4, false> : width == 2 ? strided<2, false> : strided<1, false>);
+    const auto kernel = shared ? (width == 4   ? strided<4, true>
+                                  : width == 2 ? strided<2, true>
+                                               : strided<1, true>)
+                               : (width == 4   ? strided<4, false>
+                                  : width == 2 ? strided<2, false>
+                                               : strided<1, false>);
     launch({"strided", 1, 32, nullptr, 64 << 10}, kernel, x, y, stride);
   });
 }
@@ -282,6 +280,7 @@ EXPORT const char* run_ragged(const float* x, float* y, int n) {
   return guarded([&] { launch({"ragged", 1, 32, nullptr}, ragged, x, y, n); });
 }
 EXPORT void set_seed(uint64_t seed) { simt::set_seed(seed); }
+EXPORT void set_shared_limit(uint64_t bytes) { simt::set_shared_limit(bytes); }
 EXPORT void set_counting(bool on) {
   simt::set_counting(on);
   simt::reset_counters();
@@ -297,24 +296,39 @@ EXPORT uint64_t counter(const char* kernel, const char* name) {
 
 #if defined(FASTNETS_STANDALONE)
 
+namespace {
+
+__global__ void global_overflow(float* y, int n) { store_global(y + n + threadIdx.x, 1.0f); }
+__global__ void shared_overflow(float* y) {
+  SHARED_ARRAY(float, values, 32);
+  store_shared(&values[0] + threadIdx.x + 1, 1.0f);
+  __syncwarp();
+  store_global(y + threadIdx.x, load_shared(&values[threadIdx.x]));
+}
+
+}  // namespace
+
 int main(int count, char** arguments) {
-  const std::string name = arguments[1];
   if (count > 2) simt::set_seed(std::stoull(arguments[2]));
   std::vector<float> x(1 << 14, 1.0f), y(1 << 14, 0.0f);
   const std::vector<BFloat16> ones(1 << 14, from_float<BFloat16>(1.0f));
-  const char* failure = nullptr;
-  const auto product = [&](int bug) { return run_product(ones.data(), ones.data(), y.data(), 96, 64, 96, bug); };
-  if (name == "row_sums") failure = run_row_sums(x.data(), y.data(), 4, 1000);
-  else if (name == "product") failure = product(kNone);
-  else if (name == "product_no_wait") failure = product(kNoWait);
-  else if (name == "product_no_load_barrier") failure = product(kNoLoadBarrier);
-  else if (name == "product_no_loop_barrier") failure = product(kNoLoopBarrier);
-  else if (name == "recurrence") failure = run_recurrence(x.data(), y.data(), 64, 5, kNone);
-  else if (name == "recurrence_no_grid_barrier") failure = run_recurrence(x.data(), y.data(), 64, 5, kNoGridBarrier);
-  else if (name == "hand_over") failure = run_hand_over(x.data(), reinterpret_cast<uint32_t*>(y.data()), y.data() + 64, 4);
-  else if (name == "global_overflow") launch({"o", 1, 32, nullptr}, global_overflow, y.data(), 1 << 14);
-  else if (name == "shared_overflow") launch({"o", 1, 32, nullptr}, shared_overflow, y.data());
-  else failure = run_named(name.c_str(), y.data());
+  const auto product = [&](Bug bug) { return run_product(ones.data(), ones.data(), y.data(), 96, 64, 96, bug); };
+  const auto recurrence = [&](Bug bug) { return run_recurrence(x.data(), y.data(), 64, 5, bug); };
+  const std::map<std::string, std::function<const char*()>> programs = {
+      {"row_sums", [&] { return run_row_sums(x.data(), y.data(), 4, 1000); }},
+      {"product", [&] { return product(kNone); }},
+      {"product_no_wait", [&] { return product(kNoWait); }},
+      {"product_no_load_barrier", [&] { return product(kNoLoadBarrier); }},
+      {"product_no_loop_barrier", [&] { return product(kNoLoopBarrier); }},
+      {"recurrence", [&] { return recurrence(kNone); }},
+      {"recurrence_no_grid_barrier", [&] { return recurrence(kNoGridBarrier); }},
+      {"hand_over", [&] { return run_hand_over(x.data(), reinterpret_cast<uint32_t*>(y.data()), y.data() + 64, 4); }},
+      {"global_overflow",
+       [&] { return guarded([&] { launch({"o", 1, 32, nullptr}, global_overflow, y.data(), 1 << 14); }); }},
+      {"shared_overflow", [&] { return guarded([&] { launch({"o", 1, 32, nullptr}, shared_overflow, y.data()); }); }},
+  };
+  const auto program = programs.find(arguments[1]);
+  const char* const failure = program == programs.end() ? run_named(arguments[1], y.data()) : program->second();
   std::puts(failure == nullptr ? "done" : failure);
   return failure == nullptr ? 0 : 3;
 }

@@ -9,7 +9,7 @@ ARGS ?=
 
 IN_VENV := $(VENV)/bin/python
 PIP := $(IN_VENV) -m pip install --quiet --disable-pip-version-check
-CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CXX_SOURCES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -20,7 +20,7 @@ help:  ## what there is to make
 
 $(VENV)/.needs:  # what the build needs; it runs without isolation, against the torch that is installed here
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) 'setuptools>=77' wheel ninja '$(TORCH)'
+	$(PIP) 'setuptools>=77' wheel ninja pybind11 '$(TORCH)'
 	@touch $@
 
 # Editable: Python files are used where they are, only csrc/ and the metadata ask for a new build (an incremental one).
@@ -31,6 +31,9 @@ $(VENV)/.installed: $(VENV)/.needs setup.py pyproject.toml $(CXX_SOURCES)
 $(VENV)/.with-%: $(VENV)/.installed
 	$(PIP) --no-build-isolation --editable '.[$*]'
 	@touch $@
+
+# Tests run the CUDA kernels too, on the SIMT device.
+$(VENV)/.with-test,networks: export FASTNETS_SIMT = 1
 
 install: $(VENV)/.installed  ## create .venv, install what is needed, build the library
 

@@ -1,20 +1,44 @@
 // softmax(x * scale + mask) over the middle of [outer, size, inner], forward and backward, computed in float. A row
 // that the mask leaves empty (all False, or all -inf) gives zeros and zero gradient.
 //
-// Rows of up to kHeld elements stay in one warp's registers: x is read once. Longer rows take a block each and are read
-// twice. Where inner > 1, neighbouring threads take neighbouring columns, so that every load is coalesced.
+// Rows of up to kPerThread elements a thread stay in registers, of a warp or of a block, and x is read once. Longer
+// rows are read twice. Where inner > 1, neighbouring threads take neighbouring columns, so that every load is
+// coalesced.
 #include "launch.h"
 #include "reduce.h"
 
 namespace fastnets::cuda {
 namespace {
 
-constexpr int kPerLane = 32;  // elements of a row that a lane holds
-constexpr int kHeld = 32 * kPerLane;
-constexpr int kWarps = 4;          // rows of a block, one a warp
-constexpr int kLongThreads = 512;  // of a block that has one long row
+constexpr int kPerThread = 8;      // elements of a row that a thread holds; 32 would spill on sm_100 and sm_120
+constexpr int kRows = 4;           // of a block whose warps have a row each
+constexpr int kBlock = 256;        // threads of a block that has one row
+constexpr int kLongThreads = 512;  // of a block that reads its row twice
 constexpr int kColumns = 32;       // of a block where inner > 1
 constexpr int kSlices = 8;         // threads that share a column
+
+// The threads of a row are a warp or a block.
+template <int Threads>
+constexpr int kThreads = Threads == 32 ? 32 * kRows : Threads;
+
+template <int Threads>
+__device__ __forceinline__ int64_t first_row() {
+  return Threads == 32 ? int64_t{blockIdx.x} * kRows + threadIdx.x / 32 : blockIdx.x;
+}
+
+template <int Threads>
+__device__ __forceinline__ int64_t row_stride() {
+  return int64_t{gridDim.x} * (Threads == 32 ? kRows : 1);
+}
+
+template <int Threads, class T>
+__device__ __forceinline__ T row_sum(T value) {
+  if constexpr (Threads == 32) {
+    return warp_sum(value);
+  } else {
+    return block_sum(value);
+  }
+}
 
 // Where, in elements of the mask, entry `index` of the collapsed dimensions begins.
 __device__ int64_t mask_offset(int64_t index, int dims, const int64_t* sizes, const int64_t* strides) {
@@ -53,34 +77,33 @@ struct Row {
 
 __device__ __forceinline__ float inverse(float sum) { return sum == 0.0f ? 0.0f : 1.0f / sum; }
 
-// One warp a row of at most kHeld elements, N at a time.
-template <class T, int N>
-__global__ void __launch_bounds__(32 * kWarps, 4) forward_short(SoftmaxForward p) {
-  const int lane = threadIdx.x % 32, size = static_cast<int>(p.size);
+// Rows of at most kPerThread * Threads elements, N at a time.
+template <class T, int N, int Threads>
+__global__ void __launch_bounds__(kThreads<Threads>) forward_held(SoftmaxForward p) {
+  const int place = threadIdx.x % Threads, size = static_cast<int>(p.size);
   const T* const x = static_cast<const T*>(p.x);
-  for (int64_t r = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32; r < p.outer; r += int64_t{gridDim.x} * kWarps) {
+  for (int64_t r = first_row<Threads>(); r < p.outer; r += row_stride<Threads>()) {
     const Row<T> row(p, r, 0);
-    float scores[kPerLane];
-    float max = kMinusInfinity;
+    float scores[kPerThread];
+    MaxSum own;
 #pragma unroll
-    for (int c = 0; c < kPerLane / N; ++c) {
-      const int i = (c * 32 + lane) * N;
+    for (int c = 0; c < kPerThread / N; ++c) {
+      const int i = (c * Threads + place) * N;
       const Vector<T, N> loaded = load_global_if<N>(i < size, x + row.begin + i);
 #pragma unroll
       for (int e = 0; e < N; ++e) {
         scores[c * N + e] = i < size ? row.score(to_float(loaded[e]), i + e) : kMinusInfinity;
-        max = fmaxf(max, scores[c * N + e]);
+        own.max = fmaxf(own.max, scores[c * N + e]);
       }
     }
-    const float by = shift(warp_max(max));
-    float sum = 0.0f;
 #pragma unroll
-    for (int k = 0; k < kPerLane; ++k) sum += scores[k] = expf(scores[k] - by);
-    const float factor = inverse(warp_sum(sum));
+    for (int k = 0; k < kPerThread; ++k) own.sum += scores[k] = expf(scores[k] - shift(own.max));
+    const MaxSum total = row_sum<Threads>(own);
+    const float factor = expf(own.max - shift(total.max)) * inverse(total.sum);
     T* const y = static_cast<T*>(p.y);
 #pragma unroll
-    for (int c = 0; c < kPerLane / N; ++c) {
-      const int i = (c * 32 + lane) * N;
+    for (int c = 0; c < kPerThread / N; ++c) {
+      const int i = (c * Threads + place) * N;
       Vector<T, N> result;
 #pragma unroll
       for (int e = 0; e < N; ++e) result[e] = from_float<T>(scores[c * N + e] * factor);
@@ -162,25 +185,25 @@ __device__ __forceinline__ float gradient(float grad, float y, float dot, const 
   return static_cast<float>(p.scale) * y * (grad - dot);
 }
 
-template <class T, int N>
-__global__ void __launch_bounds__(32 * kWarps, 4) backward_short(SoftmaxBackward p) {
-  const int lane = threadIdx.x % 32, size = static_cast<int>(p.size);
-  for (int64_t r = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32; r < p.outer; r += int64_t{gridDim.x} * kWarps) {
+template <class T, int N, int Threads>
+__global__ void __launch_bounds__(kThreads<Threads>) backward_held(SoftmaxBackward p) {
+  const int place = threadIdx.x % Threads, size = static_cast<int>(p.size);
+  for (int64_t r = first_row<Threads>(); r < p.outer; r += row_stride<Threads>()) {
     const int64_t begin = r * size;
-    Vector<T, N> grads[kPerLane / N], ys[kPerLane / N];
+    Vector<T, N> grads[kPerThread / N], ys[kPerThread / N];
     float dot = 0.0f;
 #pragma unroll
-    for (int c = 0; c < kPerLane / N; ++c) {
-      const int i = (c * 32 + lane) * N;
+    for (int c = 0; c < kPerThread / N; ++c) {
+      const int i = (c * Threads + place) * N;
       grads[c] = load_global_if<N>(i < size, static_cast<const T*>(p.grad) + begin + i);
       ys[c] = load_global_if<N>(i < size, static_cast<const T*>(p.y) + begin + i);
 #pragma unroll
       for (int e = 0; e < N; ++e) dot += to_float(grads[c][e]) * to_float(ys[c][e]);
     }
-    dot = warp_sum(dot);
+    dot = row_sum<Threads>(dot);
 #pragma unroll
-    for (int c = 0; c < kPerLane / N; ++c) {
-      const int i = (c * 32 + lane) * N;
+    for (int c = 0; c < kPerThread / N; ++c) {
+      const int i = (c * Threads + place) * N;
       Vector<T, N> result;
 #pragma unroll
       for (int e = 0; e < N; ++e)
@@ -246,7 +269,7 @@ template <class P>
 struct Kernels {
   using Kernel = void (*)(P);
   const char* name;
-  Kernel short_rows[2], long_rows[2], columns;  // [whether 16 bytes at a time]
+  Kernel warp_rows[2], block_rows[2], long_rows[2], columns;  // [whether 16 bytes at a time]
 };
 
 template <class P>
@@ -254,11 +277,12 @@ void run(const Kernels<P>& kernels, const P& p, bool wide, Stream stream) {
   if (p.inner > 1) {
     const int64_t tiles = (p.inner + kColumns - 1) / kColumns;
     launch({kernels.name, blocks_for(p.outer * tiles), dim3(kColumns, kSlices), stream}, kernels.columns, p);
-  } else if (p.size > kHeld) {
-    launch({kernels.name, blocks_for(p.outer), kLongThreads, stream}, kernels.long_rows[wide], p);
+  } else if (p.size <= 32 * kPerThread) {
+    launch({kernels.name, blocks_for((p.outer + kRows - 1) / kRows), kThreads<32>, stream}, kernels.warp_rows[wide], p);
+  } else if (p.size <= kBlock * kPerThread) {
+    launch({kernels.name, blocks_for(p.outer), kBlock, stream}, kernels.block_rows[wide], p);
   } else {
-    launch({kernels.name, blocks_for((p.outer + kWarps - 1) / kWarps), 32 * kWarps, stream}, kernels.short_rows[wide],
-           p);
+    launch({kernels.name, blocks_for(p.outer), kLongThreads, stream}, kernels.long_rows[wide], p);
   }
 }
 
@@ -269,7 +293,8 @@ void softmax_forward(const SoftmaxForward& p, Stream stream) {
     using T = decltype(kind);
     constexpr int N = kVector<T>;
     const Kernels<SoftmaxForward> kernels{"softmax_forward",
-                                          {forward_short<T, 1>, forward_short<T, N>},
+                                          {forward_held<T, 1, 32>, forward_held<T, N, 32>},
+                                          {forward_held<T, 1, kBlock>, forward_held<T, N, kBlock>},
                                           {forward_long<T, 1>, forward_long<T, N>},
                                           forward_columns<T>};
     run(kernels, p, aligned<T>(p.size, {p.x, p.y}), stream);
@@ -281,7 +306,8 @@ void softmax_backward(const SoftmaxBackward& p, Stream stream) {
     using T = decltype(kind);
     constexpr int N = kVector<T>;
     const Kernels<SoftmaxBackward> kernels{"softmax_backward",
-                                           {backward_short<T, 1>, backward_short<T, N>},
+                                           {backward_held<T, 1, 32>, backward_held<T, N, 32>},
+                                           {backward_held<T, 1, kBlock>, backward_held<T, N, kBlock>},
                                            {backward_long<T, 1>, backward_long<T, N>},
                                            backward_columns<T>};
     run(kernels, p, aligned<T>(p.size, {p.grad, p.y, p.grad_x}), stream);

@@ -27,9 +27,9 @@ DATA = {
 }
 # Small batches and, where the real width takes long, small sizes; every layer stays.
 SMALL = {"transformer_masked": {"width": 128}, "gpt": {"width": 64, "depth": 2}}
-# Adam divides a gradient by its own size plus 1e-8: an entry of 3e-8 that differs by rounding (by 2e-9, where the largest
-# is 1e-2) moves a parameter by 1e-5, and once that flips a rectifier two runs part whose gradients agree to 3e-7. It
-# happens early with few digits a step, and at the transformers' full learning rate.
+# Adam divides a gradient by its own size plus 1e-8: an entry of 3e-8 that differs by rounding (by 2e-9, where the
+# largest is 1e-2) moves a parameter by 1e-5, and once that flips a rectifier two runs part whose gradients agree to
+# 3e-7. It happens early with few digits a step, and at the transformers' full learning rate.
 BATCHES = {"cnn_deep": 32, "bert": 2}
 RATES = {"transformer": 3e-4, "transformer_masked": 1e-4}
 STEPS = 50

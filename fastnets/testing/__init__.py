@@ -6,6 +6,7 @@ runs ours on a backend, PyTorch's own in the same dtype as the measure, and the 
 
 import contextlib
 import importlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -103,7 +104,8 @@ def check(case: Case, dtype: torch.dtype, backend: str, *, device: str = "cpu", 
     # For float64 itself nothing truer is at hand: PyTorch's float32 error, scaled by the ratio of the two epsilons.
     measured_in = torch.float32 if dtype == torch.float64 else dtype
     peer = case.peer or case.function
-    with poisoned_memory():
+    with poisoned_memory(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # PyTorch's, of its own slow or odd cases
         with dispatch.backend(backend):
             ours = _run(case, case.function, drawn, dtype, dtype, device, seed)
         with dispatch.backend("reference"):

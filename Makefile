@@ -40,8 +40,9 @@ install: $(VENV)/.installed  ## create .venv, install what is needed, build the 
 bench: $(VENV)/.with-networks  ## verify, then time everything beside PyTorch
 	$(IN_VENV) -m fastnets bench $(ARGS)
 
+# A process a core; passive, since the threads of several processes on few cores must not spin.
 test: $(VENV)/.with-test,networks  ## run every test
-	$(IN_VENV) -m pytest $(ARGS)
+	OMP_WAIT_POLICY=passive $(IN_VENV) -m pytest --numprocesses auto $(ARGS)
 
 wheel: $(VENV)/.needs  ## a wheel for any Python >= 3.10 and torch >= 2.10, in dist/
 	rm -rf build/wheel build/lib* && mkdir -p build/wheel dist

@@ -46,7 +46,7 @@ STABLE_TORCH_LIBRARY(FASTNETS_LIBRARY, m) {
   m.def("softmax_backward(Tensor grad, Tensor y, int dim, float scale) -> Tensor");
   // Attention, see fastnets/reference/attention.py. q [B, Hq, Lq, D], k [B, Hkv, Lk, D], v [B, Hkv, Lk, Dv] with
   // contiguous rows; mask of 4 dimensions, each of full size or 1; slopes [B, Hq]; seed [2]; starts [N + 1].
-  // Returns out [B, Hq, Lq, Dv] and lse [B, Hq, Lq].
+  // Returns out [B, Hq, Lq, Dv] and lse [B, Hq, Lq], the rows' log-sum-exp in log2.
   m.def(
       "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? slopes, Tensor? seed, Tensor? starts_q, "
       "Tensor? starts_k, float scale, float softcap, int? left, int? right, int? offset, float dropout) "
@@ -56,7 +56,7 @@ STABLE_TORCH_LIBRARY(FASTNETS_LIBRARY, m) {
       "attention_weights(Tensor q, Tensor k, Tensor lse, Tensor? mask, Tensor? slopes, Tensor? seed, float scale, "
       "float softcap, int? left, int? right, int? offset, float dropout) -> Tensor");
   // The gradients of q, k, v and, with bias_gradient, of the additive mask (else an empty tensor). grad_lse is what the
-  // rows' log-sum-exp receives, less the sum over each row of weights * grad_weights.
+  // natural logarithm of the rows' sums receives, less the sum over each row of weights * grad_weights.
   m.def(
       "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor? grad_weights, Tensor q, Tensor k, Tensor v, "
       "Tensor out, Tensor lse, Tensor? mask, Tensor? slopes, Tensor? seed, Tensor? starts_q, Tensor? starts_k, "

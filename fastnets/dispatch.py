@@ -114,15 +114,14 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def _check_name(name: str) -> str:
+def _check_name(name: str, argument: str = "backend") -> None:
     if name not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
-    return name
+        raise ValueError(f"{argument}: expected one of {', '.join(BACKENDS)}, got {name!r}")
 
 
 _default = os.environ.get("FASTNETS_BACKEND") or None
 if _default is not None:
-    _check_name(_default)
+    _check_name(_default, "FASTNETS_BACKEND")
 
 
 @contextlib.contextmanager

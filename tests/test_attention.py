@@ -1,7 +1,6 @@
 """The attention family beyond the operator table: torch's samples, derivatives, dropout, bad input, memory."""
 
 import math
-import os
 import subprocess
 import sys
 
@@ -476,29 +475,6 @@ def test_any_input_gives_the_reference_or_an_error(data):
 
 
 # ---- instruction sets and memory ---------------------------------------------------------------------------------
-
-
-@cpu_only
-@pytest.mark.parametrize("name", ["generic", "avx2", "avx512"])
-def test_every_instruction_set(name):
-    """A few rows of the operator table that reach every kernel, in a process of its own."""
-    ordered = ("generic", "avx2", "avx512")
-    if ordered.index(name) > torch.ops.fastnets.cpu_capability():
-        pytest.skip(f"this processor has no {name}")
-    code = """if True:
-        import torch
-        from fastnets import testing
-        wanted = ("bias [H, 1, Lk]", "weights, dropout, causal, grouped", "ALiBi, causal, window, soft cap, grouped")
-        cases = [case for case in testing.operator_table("attention") if case.name in wanted]
-        assert len(cases) == len(wanted)
-        for case in cases:
-            for dtype in case.dtypes:
-                outcome = testing.check(case, dtype, "cpu")
-                assert outcome.passed, (case.name, dtype, outcome)
-    """
-    environment = {**os.environ, "FASTNETS_CPU": name}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 @cpu_only

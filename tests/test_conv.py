@@ -381,24 +381,6 @@ def test_fork_after_use():
     )
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
-def test_every_instruction_set(isa):
-    best = fastnets._library.cpu_capability()
-    if best is None or ["generic", "avx2", "avx512"].index(isa) > ["generic", "avx2", "avx512"].index(best):
-        pytest.skip(f"this processor has {best}")
-    print(
-        run_python(
-            "import torch\n"
-            "from fastnets import testing\n"
-            "for case in testing.operator_table('conv')[::3]:\n"
-            "    for dtype in (torch.float32, torch.bfloat16) if case.verify else ():\n"
-            "        outcome = testing.check(case, dtype, 'cpu')\n"
-            "        assert outcome.passed, (case.name, dtype, outcome)\n",
-            FASTNETS_CPU=isa,
-        )
-    )
-
-
 # ---- any input -------------------------------------------------------------------------------------------------------
 
 

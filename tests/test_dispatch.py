@@ -133,7 +133,7 @@ def test_environment_variable():
     assert "backend 'triton' does not run this softmax" in refused.stderr
     unknown = _python("import fastnets", FASTNETS_BACKEND="gpu")
     assert unknown.returncode == 1
-    assert "backend: expected one of" in unknown.stderr
+    assert "FASTNETS_BACKEND: expected one of" in unknown.stderr
 
 
 WITHOUT_LIBRARY = """

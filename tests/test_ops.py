@@ -1,9 +1,13 @@
 """The operator table on every backend of this machine, by the tolerance rule."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
-from fastnets import dispatch, testing
+from fastnets import _library, dispatch, testing
 
 BACKENDS = [name for name in dispatch.BACKENDS if dispatch.why_missing(name) is None]
 ROWS = [
@@ -22,3 +26,21 @@ def test_operator(case: testing.Case, dtype: torch.dtype, backend: str):
     except dispatch.Unsupported as reason:
         pytest.skip(str(reason))
     assert outcome.passed, f"{outcome.where}: error {outcome.error:.3g}, tolerance {outcome.tolerance:.3g}"
+
+
+INSTRUCTION_SETS = ("generic", "avx2", "avx512")
+# The best one, which this process runs on, has the tests above.
+OTHERS = INSTRUCTION_SETS[: INSTRUCTION_SETS.index(_library.cpu_capability() or "generic")]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_instruction_set(name: str, tmp_path):
+    code = f"""if True:
+        from fastnets import _library, cli
+        assert _library.cpu_capability() == {name!r}
+        raise SystemExit(cli.main(["verify", "--quick", "--backend", "cpu"]))
+    """
+    environment = {**os.environ, "FASTNETS_CPU": name}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr

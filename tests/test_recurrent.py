@@ -1,9 +1,6 @@
 """The recurrent family beyond the operator table and tests/test_nn.py: every option beside torch.nn's, bad input."""
 
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -301,28 +298,3 @@ def test_lengths_that_validation_cannot_see_are_clamped():
     wild, tame = torch.tensor([99, -7, 3, 1]), torch.tensor([3, 0, 3, 1])
     run = torch.ops.fastnets.recurrent_forward
     _assert_same(run(*operands, wild, 0, True, True)[:3], run(*operands, tame, 0, True, True)[:3], rtol=0, atol=0)
-
-
-_CHECK_ALL = """
-from fastnets import _library, testing
-assert _library.cpu_capability() == {name!r}
-rows = [case for case in testing.operator_table("recurrent") if case.verify and case.quick]
-for case in rows:
-    for dtype in case.dtypes:
-        outcome = testing.check(case, dtype, "cpu")
-        assert outcome.passed, (case.name, dtype, outcome)
-print(len(rows))
-"""
-_SETS = ("generic", "avx2", "avx512")
-
-
-@pytest.mark.parametrize("name", _SETS)
-def test_instruction_sets(name):
-    best = fastnets._library.cpu_capability()
-    if best is None or _SETS.index(name) > _SETS.index(best):
-        pytest.skip(f"this machine runs {best}")
-    environment = os.environ | {"FASTNETS_CPU": name, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-c", _CHECK_ALL.format(name=name)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 20

@@ -72,14 +72,20 @@ shapes = st.lists(st.integers(0, 9), min_size=1, max_size=5).map(tuple)
 @settings(max_examples=60, deadline=None)
 @given(shape=shapes, data=st.data())
 def test_any_shape_and_mask(shape, data):
+    torch.manual_seed(data.draw(st.integers(0, 1 << 20)))
     dim = data.draw(st.integers(-len(shape), len(shape) - 1))
     dtype = data.draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]))
     mask_shape = tuple(data.draw(st.sampled_from(sorted({1, size}))) for size in shape)
     x = torch.randn(shape).to(dtype).movedim(0, -1).movedim(-1, 0)
-    mask = data.draw(st.sampled_from([None, torch.rand(mask_shape) < 0.6, torch.randn(mask_shape).to(dtype)]))
+    kind = data.draw(st.sampled_from(["none", "boolean", "additive"]))
+    mask = {"none": None, "boolean": torch.rand(mask_shape) < 0.6, "additive": torch.randn(mask_shape).to(dtype)}[kind]
+    exact = mask.double() if kind == "additive" else mask
     with fastnets.backend("reference"):
-        expected = softmax(x, dim, scale=0.5, mask=mask)
-    torch.testing.assert_close(softmax(x, dim, scale=0.5, mask=mask), expected)
+        expected = softmax(x.double(), dim, scale=0.5, mask=exact)
+    got = softmax(x, dim, scale=0.5, mask=mask)
+    assert got.dtype == dtype
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(got.double(), expected, rtol=8 * eps, atol=eps)
 
 
 @pytest.mark.parametrize(

@@ -67,8 +67,8 @@ void forward_rows(const AttentionForward& p, const Head& h, int64_t begin, int64
   T* lse = static_cast<T*>(p.lse) + h.at_lse(p, begin);
   for (int64_t r = 0; r < rows; ++r) {
     const T sum = at.sum[r];
-    // In double: the backward pass recomputes the weights from it.
-    const double log_sum = static_cast<double>(at.largest[r]) * kLn2 + __builtin_log(static_cast<double>(sum));
+    // In log2, as the scores are: the backward pass finds a weight of 1 again to the last bit. Rounded once.
+    const double log_sum = static_cast<double>(at.largest[r]) + __builtin_log2(static_cast<double>(sum));
     lse[r] = sum == T(0) ? kMinusInfinity<T> : static_cast<T>(log_sum);
     at.sum[r] = sum == T(0) ? T(0) : T(1) / sum;
   }
@@ -92,7 +92,7 @@ void weights_rows(const AttentionWeights& p, const Head& h, int64_t begin, int64
         T* s = at.scores + (r - from) * kKeys;
         if (scoring.cap != T(0)) scoring.squash(s, n);
         scoring.finish(h, begin + r, j0, n, s);
-        const T shift = lse[r] == kMinusInfinity<T> ? T(0) : static_cast<T>(lse[r] * kLog2E);
+        const T shift = lse[r] == kMinusInfinity<T> ? T(0) : lse[r];
         if (p.dropout != 0) scoring.keep(h, begin + r, j0, at.keep);
         for (int64_t c = 0; c < n; c += kLanes<T>) {
           const Vec<T> weight = exp2<T>(load(s + c) - shift);

@@ -188,13 +188,6 @@ struct Left {
 template <class T, int kRows, int kVecs>
 void register_tile(int64_t depth, Left<T> left, const T* b, int64_t b_row, T* c, int64_t c_row, const T* factors) {
   Vec<T> sums[kRows][kVecs] = {};
-  if (factors) {
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) sums[r][v] = load(c + r * c_row + v * kLanes<T>) * factors[r];
-    }
-  }
   const T* a = left.data;
   for (int64_t k = 0; k < depth; ++k, a += left.col, b += b_row) {
     Vec<T> right[kVecs];
@@ -214,7 +207,11 @@ void register_tile(int64_t depth, Left<T> left, const T* b, int64_t b_row, T* c,
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) store(c + r * c_row + v * kLanes<T>, sums[r][v]);
+    for (int v = 0; v < kVecs; ++v) {
+      T* at = c + r * c_row + v * kLanes<T>;
+      // What was there joins last: sums of blocks round less than one long sum.
+      store(at, factors ? fma<T>(load(at), broadcast<T>(factors[r]), sums[r][v]) : sums[r][v]);
+    }
   }
 }
 

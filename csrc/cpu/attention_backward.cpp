@@ -48,7 +48,7 @@ struct Tile {
   }
 
   // For rows i0 ... of grad_out already loaded: what the softmax subtracts, sum(grad_out * out) - grad_lse, and the
-  // log-sum-exp in log2, with which an empty row's weights are 2^-inf. Of the former only -grad_lse where a tile
+  // log-sum-exp, with which an empty row's weights are 2^-inf. Of the former only -grad_lse where a tile
   // sees the whole row: it needs neither out nor lse, whose rounding tells where scores are large.
   void row_terms(const Head& h, int64_t i0, int64_t rows, T* subtract, T* shift) {
     const int64_t at = h.at_lse(p, i0);
@@ -60,7 +60,7 @@ struct Tile {
       }
       subtract[r] = reduce_add<T>(dots) - (p.grad_lse ? static_cast<const T*>(p.grad_lse)[at + r] : T(0));
       const T lse = static_cast<const T*>(p.lse)[at + r];
-      shift[r] = lse == kMinusInfinity<T> ? -kMinusInfinity<T> : static_cast<T>(lse * kLog2E);
+      shift[r] = lse == kMinusInfinity<T> ? -kMinusInfinity<T> : lse;
     }
   }
 

@@ -143,7 +143,7 @@ constexpr int64_t kUnlimited = int64_t{1} << 60;  // for left and right
 
 struct AttentionForward : Attention {
   AttentionArray out;  // [batch, heads, lq, dv]
-  void* lse;           // [batch, heads, lq], contiguous; float, double for kFloat64
+  void* lse;           // [batch, heads, lq], contiguous, in log2; float, double for kFloat64
 };
 
 struct AttentionWeights : Attention {
@@ -154,7 +154,7 @@ struct AttentionWeights : Attention {
 struct AttentionBackward : Attention {
   AttentionArray grad_out, out;
   const void* lse;
-  const void* grad_lse;      // as lse, or null
+  const void* grad_lse;      // of the natural logarithm, as lse, or null
   const void* grad_weights;  // [batch, heads, lq, lk], contiguous, or null
   AttentionArray grad_q, grad_k, grad_v;
   // The keys of a head are dealt out to `splits` units of work, each with a sum for the queries' gradient of its own:

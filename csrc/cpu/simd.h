@@ -321,6 +321,17 @@ FASTNETS_INLINE Vec<T> exp(Vec<T> x) {
   return select<T>(x == x, y, x);
 }
 
+// e^x for x <= 0, cheaper: 0 below the normal range (-inf included), NaN stays.
+template <class T>
+FASTNETS_INLINE Vec<T> exp_nonpositive(Vec<T> x) {
+  // The least n that is let through has an exponent field of 0, so 2^n comes out as 0.
+  const Vec<T> lowest =
+      broadcast<T>(sizeof(T) == 8 ? T(-1023 * 0.69314718055994530942) : T(-127 * 0.69314718055994530942));
+  Vec<T> n;
+  const Vec<T> q = reduced_expm1<T>(select<T>(x < lowest, lowest, x), n);
+  return (q + T(1)) * power_of_two<T>(n);
+}
+
 template <class T>
 FASTNETS_INLINE Vec<T> sigmoid(Vec<T> x) {
   return T(1) / (T(1) + exp<T>(-x));

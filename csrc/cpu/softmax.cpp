@@ -27,13 +27,7 @@ void gather_scores(const SoftmaxForward& p, const S* x, int64_t x_stride, int64_
   using T = Compute<S>;
   const T scale = static_cast<T>(p.scale);
   const int64_t n = p.size;
-  if (x_stride == 1) {
-    int64_t i = 0;
-    for (; i + kLanes<T> <= n; i += kLanes<T>) store(scores + i, load(x + i) * scale);
-    if (i < n) store_partial<T>(scores + i, load_partial(x + i, n - i) * scale, n - i);
-  } else {
-    for (int64_t i = 0; i < n; ++i) scores[i] = to_float(x[i * x_stride]) * scale;
-  }
+  for (int64_t i = 0; i < n; ++i) scores[i] = to_float(x[i * x_stride]) * scale;
   if (p.mask_kind == MaskKind::kBool) {
     const uint8_t* mask = static_cast<const uint8_t*>(p.mask) + mask_base;
     for (int64_t i = 0; i < n; ++i) scores[i] = mask[i * p.mask_stride] ? scores[i] : kMinusInfinity<T>;
@@ -43,41 +37,33 @@ void gather_scores(const SoftmaxForward& p, const S* x, int64_t x_stride, int64_
   }
 }
 
-// In place: scores become exp(score - max) / sum.
-template <class T>
-void normalise(T* scores, int64_t n) {
+// y = softmax(x * scale) of one row; the exponentials wait in `buffer`, which may be x or y itself.
+template <class T, class X, class Y>
+void softmax_row(const X* x, T scale, int64_t n, T* buffer, Y* y) {
+  const int64_t whole = n - n % kLanes<T>;
+  const int rest = static_cast<int>(n - whole);
   Vec<T> largest = broadcast<T>(kMinusInfinity<T>);
-  int64_t i = 0;
-  for (; i + kLanes<T> <= n; i += kLanes<T>) largest = maximum<T>(load(scores + i), largest);
-  if (i < n) largest = maximum<T>(keep_first<T>(load_partial(scores + i, n - i), n - i, kMinusInfinity<T>), largest);
+  for (int64_t i = 0; i < whole; i += kLanes<T>) largest = maximum<T>(load(x + i) * scale, largest);
+  if (rest) {
+    const Vec<T> last = keep_first<T>(load_partial(x + whole, rest) * scale, rest, kMinusInfinity<T>);
+    largest = maximum<T>(last, largest);
+  }
   const T max = reduce_max<T>(largest);
   const T shift = max == kMinusInfinity<T> ? T(0) : max;  // an empty row: exp(-inf) = 0 everywhere
   Vec<T> total{};
-  for (i = 0; i + kLanes<T> <= n; i += kLanes<T>) {
-    const Vec<T> e = exp<T>(load(scores + i) - shift);
-    store(scores + i, e);
+  for (int64_t i = 0; i < whole; i += kLanes<T>) {
+    const Vec<T> e = exp_nonpositive<T>(load(x + i) * scale - shift);
+    store(buffer + i, e);
     total += e;
   }
-  if (i < n) {
-    const Vec<T> e = keep_first<T>(exp<T>(load_partial(scores + i, n - i) - shift), n - i, T(0));
-    store_partial<T>(scores + i, e, n - i);
+  if (rest) {
+    const Vec<T> e = keep_first<T>(exp_nonpositive<T>(load_partial(x + whole, rest) * scale - shift), rest, T(0));
+    store_partial<T>(buffer + whole, e, rest);
     total += e;
   }
   const T sum = reduce_add<T>(total), inverse = sum == T(0) ? T(0) : T(1) / sum;
-  for (i = 0; i + kLanes<T> <= n; i += kLanes<T>) store(scores + i, load(scores + i) * inverse);
-  if (i < n) store_partial<T>(scores + i, load_partial(scores + i, n - i) * inverse, n - i);
-}
-
-template <class S>
-void scatter(const Compute<S>* from, S* to, int64_t stride, int64_t n) {
-  using T = Compute<S>;
-  if (stride != 1) {
-    for (int64_t i = 0; i < n; ++i) to[i * stride] = from_float<S>(from[i]);
-    return;
-  }
-  int64_t i = 0;
-  for (; i + kLanes<T> <= n; i += kLanes<T>) store(to + i, load(from + i));
-  if (i < n) store_partial<S>(to + i, load_partial(from + i, n - i), n - i);
+  for (int64_t i = 0; i < whole; i += kLanes<T>) store(y + i, load(buffer + i) * inverse);
+  if (rest) store_partial<Y>(y + whole, load_partial(buffer + whole, rest) * inverse, rest);
 }
 
 }  // namespace
@@ -91,13 +77,23 @@ void softmax_forward(const SoftmaxForward& p) {
       T* scores = static_cast<T*>(scratch(0, p.size * sizeof(T)));
       for (int64_t row = begin; row < end; ++row) {
         const int64_t outer = row / p.inner, inner = row % p.inner, base = outer * p.size * p.inner + inner;
+        const S* x = static_cast<const S*>(p.x) + base;
+        S* y = static_cast<S*>(p.y) + base;
+        if (p.inner == 1 && p.mask_kind == MaskKind::kNone) {
+          softmax_row<T>(x, static_cast<T>(p.scale), p.size, scores, y);
+          continue;
+        }
         const int64_t mask_base = p.mask_kind == MaskKind::kNone
                                       ? 0
                                       : mask_offset(outer, p.outer_dims, p.outer_sizes, p.outer_strides) +
                                             mask_offset(inner, p.inner_dims, p.inner_sizes, p.inner_strides);
-        gather_scores<S>(p, static_cast<const S*>(p.x) + base, p.inner, mask_base, scores);
-        normalise<T>(scores, p.size);
-        scatter<S>(scores, static_cast<S*>(p.y) + base, p.inner, p.size);
+        gather_scores<S>(p, x, p.inner, mask_base, scores);
+        if (p.inner == 1) {
+          softmax_row<T>(scores, T(1), p.size, scores, y);
+        } else {
+          softmax_row<T>(scores, T(1), p.size, scores, scores);
+          for (int64_t i = 0; i < p.size; ++i) y[i * p.inner] = from_float<S>(scores[i]);
+        }
       }
     });
   });

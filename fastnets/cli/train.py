@@ -16,7 +16,7 @@ from rich.table import Table
 
 from .. import __version__, dispatch
 from .. import nn as fast
-from ..integrations.distributed import Processes, launched, processes
+from ..integrations.distributed import Processes, launched, leave, processes
 from ..networks import NETWORKS, MissingPackageError, Network, checkpoint, get
 from ..networks.trainer import DivergedError, Settings, Trainer
 from . import UsageError
@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     rank, _ = launched()
     try:
-        return _run(args)
+        status = _run(args)
     except (MissingPackageError, checkpoint.CheckpointError, DivergedError, dispatch.Unsupported) as error:
         if rank == 0:
             raise UsageError(str(error)) from error
@@ -88,6 +88,8 @@ def run(args: argparse.Namespace) -> int:
         if rank == 0:  # the others found the same, and need not say so again
             raise
         return 2
+    leave(status)
+    return status
 
 
 def _run(args: argparse.Namespace) -> int:

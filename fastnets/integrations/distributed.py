@@ -2,13 +2,14 @@
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
 
-__all__ = ["Processes", "launched", "processes"]
+__all__ = ["Processes", "launched", "leave", "processes"]
 
 
 def launched() -> tuple[int, int]:
@@ -75,3 +76,15 @@ def processes(device: torch.device) -> Iterator[Processes]:
         yield Processes(rank, size, device)
     finally:
         distributed.destroy_process_group()
+
+
+def leave(status: int) -> None:
+    """Ends a process that has joined others, without the interpreter's own shutting down; others it lets be.
+
+    The threads of a process group that still run while the interpreter shuts down abort it now and then ("terminate
+    called without an active exception"), after all work is done and written.
+    """
+    if _groups:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)

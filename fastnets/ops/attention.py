@@ -1,5 +1,6 @@
 """Scaled dot-product attention: validation, autograd, fake kernels."""
 
+import math
 from itertools import pairwise, zip_longest
 
 import torch
@@ -17,25 +18,28 @@ from ._checks import expect, expect_broadcastable, expect_floating, expect_like,
 class _Attention(_autograd.Call):
     """Inputs: q, k, v, mask of 4 dimensions, and without gradients slopes [B, Hq], seed, starts_q, starts_k."""
 
-    def __init__(self, operators, options: Options, weights: bool):
-        self.operators, self.options = operators, options
-        self.visible = 3 if weights else 2
+    def __init__(self, operators, options: Options, lse: bool, weights: bool):
+        self.operators, self.options, self.lse, self.weights = operators, options, lse, weights
+        self.visible = 1 + lse + weights
 
     def forward(self, q, k, v, mask, *extra):
         q, k, v = _rows(q), _rows(k), _rows(v)
-        out, lse = self.operators.attention_forward(q, k, v, mask, *extra, *self.options)
-        if self.visible == 2:
-            return out, lse
-        return out, lse, self.operators.attention_weights(q, k, lse, mask, *extra[:2], *self.options)
+        out, log2_sum = self.operators.attention_forward(q, k, v, mask, *extra, *self.options)
+        lse = (log2_sum * math.log(2.0),) if self.lse else ()
+        weights = ()
+        if self.weights:
+            weights = (self.operators.attention_weights(q, k, log2_sum, mask, *extra[:2], *self.options),)
+        return out, *lse, *weights, log2_sum
 
     def backward(self, inputs, outputs, grads, needs):
         q, k, v, mask, *extra = inputs
-        out, lse, weights = outputs if len(outputs) == 3 else (*outputs, None)
-        grad_out, grad_lse, grad_weights = grads if len(grads) == 3 else (*grads, None)
+        out, log2_sum = outputs[0], outputs[-1]
+        grad_out, grad_lse = grads[0], grads[1] if self.lse else None
+        grad_weights = grads[-1] if self.weights else None
         grad_out = torch.zeros_like(out) if grad_out is None else _rows(grad_out)
         if grad_weights is not None:
             # The softmax subtracts from every row what it weighs on average, as a gradient of lse adds to it.
-            inner = (weights.to(lse.dtype) * grad_weights).sum(-1)
+            inner = (outputs[self.visible - 1].to(log2_sum.dtype) * grad_weights).sum(-1)
             grad_lse = -inner if grad_lse is None else grad_lse - inner
             grad_weights = grad_weights.contiguous()
         grad_lse = None if grad_lse is None else grad_lse.contiguous()
@@ -47,7 +51,7 @@ class _Attention(_autograd.Call):
             _rows(k),
             _rows(v),
             out,
-            lse,
+            log2_sum,
             mask,
             *extra,
             *self.options,
@@ -56,7 +60,12 @@ class _Attention(_autograd.Call):
         return (*found[:3], found[3] if needs[3] else None, None, None, None, None)
 
     def reference(self, *inputs):
-        return reference(*inputs, self.options)[: self.visible]
+        return _asked(reference(*inputs, self.options), self.lse, self.weights)
+
+
+def _asked(results: tuple[Tensor, Tensor, Tensor], lse: bool, weights: bool) -> tuple[Tensor, ...]:
+    """Of out, lse and weights those that were asked for."""
+    return results[:1] + (results[1:2] if lse else ()) + (results[2:] if weights else ())
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -142,12 +151,10 @@ def attention(
     inputs = (q, k, v, mask, alibi_slopes, seed, starts_q, starts_k)
     implementation = dispatch.select(_case(inputs, options, return_lse, return_weights))
     if implementation.operators is None:
-        out, lse, weights = reference(*inputs, options)
+        found = _asked(reference(*inputs, options), return_lse, return_weights)
     else:
-        found = _autograd.run(_Attention(implementation.operators, options, return_weights), *inputs)
-        out, lse, weights = found if return_weights else (*found, None)
-    asked = [x for x, wanted in ((lse, return_lse), (weights, return_weights)) if wanted]
-    return (out, *asked) if asked else out
+        found = _autograd.run(_Attention(implementation.operators, options, return_lse, return_weights), *inputs)
+    return found if len(found) > 1 else found[0]
 
 
 def _case(inputs, options: Options, lse: bool, weights: bool) -> dispatch.Case:

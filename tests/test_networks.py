@@ -27,9 +27,9 @@ DATA = {
 }
 # Small batches and, where the real width takes long, small sizes; every layer stays.
 SMALL = {"transformer_masked": {"width": 128}, "gpt": {"width": 64, "depth": 2}}
-# Rounding parts two runs: it flips near-ties of max-pooling (PyTorch's float32 flips them against float64 as often as we
-# do: on cnn_deep's step 2 by 3e-3 of the largest gradient), and Adam turns a gradient of 3e-8 that differs by 2e-9 into
-# 1e-5 of a parameter. Sizes and rates at which 50 steps pass without; one thread, so that every machine sums alike.
+# Rounding parts two runs: it flips near-ties of max-pooling (PyTorch's float32 flips them against float64 as often as
+# we do: on cnn_deep's step 2 by 3e-3 of the largest gradient), and Adam turns a gradient of 3e-8 that differs by 2e-9
+# into 1e-5 of a parameter. Sizes and rates at which 50 steps pass; one thread, so that every machine sums alike.
 BATCHES = {"cnn_deep": 32, "bert": 2}
 RATES = {"cnn_deep": 3e-4, "transformer": 3e-4, "transformer_masked": 1e-4}
 STEPS = 50

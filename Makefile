@@ -18,7 +18,7 @@ CXX_SOURCES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.
 help:  ## what there is to make
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
-$(VENV)/.needs:  # what the build needs; it runs without isolation, against the torch that is installed here
+$(VENV)/.needs: Makefile  # what the build needs; it runs without isolation, against the torch that is installed here
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) 'setuptools>=77' wheel ninja pybind11 '$(TORCH)'
 	@touch $@

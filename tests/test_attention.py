@@ -450,6 +450,8 @@ def test_any_input_gives_the_reference_or_an_error(data):
         "return_lse": True,
         "return_weights": True,
     }
+    if options["offset"] == 2**40:  # a bias of 1e12 would leave float64 scores three digits behind the point
+        options["alibi_slopes"] = None
     leaves = [t for t in (q, k, v, mask) if t is not None and t.is_floating_point()]
     for leaf in leaves:
         leaf.requires_grad_()

@@ -1,6 +1,5 @@
 """Every test starts from the same seed and with fresh memory full of NaN."""
 
-import hypothesis
 import pytest
 import torch
 
@@ -12,8 +11,3 @@ def _poison():
     torch.manual_seed(0)
     with poisoned_memory():
         yield
-
-
-# The same examples in every run: a change is judged by what it changed.
-hypothesis.settings.register_profile("fixed", derandomize=True)
-hypothesis.settings.load_profile("fixed")

@@ -39,6 +39,7 @@ template <class T, class A, class W>
 void multiply_transposed(int64_t m, int64_t n, int64_t k, const A* a, int64_t a_row, const W* w, T* c, int64_t c_row,
                          bool accumulate) {
   constexpr int64_t least_work = int64_t{1} << 18;  // multiply-adds worth waking a thread for
+  if (m == 0) return;
   const auto lines = [&](auto rows, int64_t begin, int64_t end) {
     int64_t j = begin;
     for (; j + 4 <= end; j += 4) {

@@ -38,22 +38,7 @@ void tile_of(const T* const* rows, const Run* runs, int64_t count, const T* pane
 // rows is even, or the tile's full height.
 template <class T, int kVectors>
 void tile(int rows, const T* const* row, const Run* runs, int64_t count, const T* panel, T* sums) {
-  switch (rows) {
-#define FASTNETS_TILE(n) \
-  case n: return tile_of<T, n, kVectors>(row, runs, count, panel, sums);
-    FASTNETS_TILE(2)
-    FASTNETS_TILE(4)
-#if FASTNETS_VECTOR_BYTES >= 32
-    FASTNETS_TILE(6)
-#endif
-#if FASTNETS_VECTOR_BYTES >= 64
-    FASTNETS_TILE(8)
-    FASTNETS_TILE(10)
-    FASTNETS_TILE(12)
-#endif
-#undef FASTNETS_TILE
-  }
-  __builtin_trap();
+  with_count<kTileRows, 2>(rows, [&](auto n) { tile_of<T, n.value, kVectors>(row, runs, count, panel, sums); });
 }
 
 // Packs the phase's taps of one group's weight, [panel][tap][source channel][column].

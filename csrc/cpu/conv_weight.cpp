@@ -58,22 +58,9 @@ void tile_of(int64_t height, int64_t width, const T* a, int64_t a_h, int64_t a_w
 
 template <class T, int kVectors>
 void tile(int rows, int64_t height, int64_t width, const T* a, int64_t a_h, int64_t a_w, const T* b, T* to) {
-  switch ((rows + 1) / 2 * 2) {  // elements past `rows` are read (the stage is longer) and dropped
-#define FASTNETS_TILE(n) \
-  case n: return tile_of<T, n, kVectors>(height, width, a, a_h, a_w, b, rows, to);
-    FASTNETS_TILE(2)
-    FASTNETS_TILE(4)
-#if FASTNETS_VECTOR_BYTES >= 32
-    FASTNETS_TILE(6)
-#endif
-#if FASTNETS_VECTOR_BYTES >= 64
-    FASTNETS_TILE(8)
-    FASTNETS_TILE(10)
-    FASTNETS_TILE(12)
-#endif
-#undef FASTNETS_TILE
-  }
-  __builtin_trap();
+  // Elements past `rows` are read (the stage is longer) and dropped.
+  with_count<kTileRows, 2>((rows + 1) / 2 * 2,
+                           [&](auto n) { tile_of<T, n.value, kVectors>(height, width, a, a_h, a_w, b, rows, to); });
 }
 
 // Adds one block's products to sums [panels of the share][depth][columns].

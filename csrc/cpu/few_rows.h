@@ -48,13 +48,7 @@ void multiply_transposed(int64_t m, int64_t n, int64_t k, const A* a, int64_t a_
     for (; j < end; ++j) dots<T, rows.value, 1>(k, a, a_row, w + j * k, k, c + j, c_row, accumulate);
   };
   parallel(n, least_work / (m * k + 1) + 1, [&](int64_t begin, int64_t end) {
-    switch (m) {
-      case 1: return lines(std::integral_constant<int, 1>{}, begin, end);
-      case 2: return lines(std::integral_constant<int, 2>{}, begin, end);
-      case 3: return lines(std::integral_constant<int, 3>{}, begin, end);
-      case 4: return lines(std::integral_constant<int, 4>{}, begin, end);
-    }
-    __builtin_trap();
+    with_count<kFewRows>(static_cast<int>(m), [&](auto rows) { lines(rows, begin, end); });
   });
 }
 

@@ -166,27 +166,7 @@ void tile_of(int64_t k, const T* __restrict a, const T* __restrict b, T* __restr
 // cols <= kTileCols.
 template <class T>
 FASTNETS_INLINE void tile(int rows, int cols, int64_t k, const T* a, const T* b, T* c, int64_t c_row, bool accumulate) {
-#define FASTNETS_TILE(n) \
-  case n: return tile_of<T, n>(k, a, b, c, c_row, cols, accumulate);
-  switch (rows) {
-    FASTNETS_TILE(1)
-    FASTNETS_TILE(2)
-    FASTNETS_TILE(3)
-    FASTNETS_TILE(4)
-#if FASTNETS_VECTOR_BYTES >= 32
-    FASTNETS_TILE(5)
-    FASTNETS_TILE(6)
-#endif
-#if FASTNETS_VECTOR_BYTES >= 64
-    FASTNETS_TILE(7)
-    FASTNETS_TILE(8)
-    FASTNETS_TILE(9)
-    FASTNETS_TILE(10)
-    FASTNETS_TILE(11)
-    FASTNETS_TILE(12)
-#endif
-  }
-#undef FASTNETS_TILE
+  with_count<kTileRows>(rows, [&](auto n) { tile_of<T, n.value>(k, a, b, c, c_row, cols, accumulate); });
 }
 
 // c[m, n] (+)= packed A times packed B, both packed over the same depth k.

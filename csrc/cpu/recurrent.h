@@ -189,21 +189,7 @@ void panel_product(int64_t depth, const T* __restrict a, int64_t a_row, const T*
 
 template <class T, int kVectors>
 void panel_product_rows(int rows, int64_t depth, const T* a, int64_t a_row, const T* w, T* out) {
-#define FASTNETS_ROWS(n) \
-  case n:                \
-    if constexpr (n <= max_rows(kVectors)) return panel_product<T, n, kVectors>(depth, a, a_row, w, out);
-  switch (rows) {
-    FASTNETS_ROWS(1)
-    FASTNETS_ROWS(2)
-    FASTNETS_ROWS(3)
-    FASTNETS_ROWS(4)
-    FASTNETS_ROWS(5)
-    FASTNETS_ROWS(6)
-    FASTNETS_ROWS(7)
-    FASTNETS_ROWS(8)
-  }
-#undef FASTNETS_ROWS
-  __builtin_trap();
+  with_count<max_rows(kVectors)>(rows, [&](auto n) { panel_product<T, n.value, kVectors>(depth, a, a_row, w, out); });
 }
 
 // Rows [row_begin, row_end) of a times panels [panel_begin, panel_end): finish(panel, first row, past row, sums) is

@@ -359,6 +359,14 @@ FASTNETS_INLINE void with_storage(Dtype dtype, Body&& body) {
   __builtin_trap();  // the operators admit no other dtype
 }
 
+// Calls body(std::integral_constant<int, count>{}); count is one of kMost, kMost - kStep, ... above zero.
+template <int kMost, int kStep = 1, class Body>
+FASTNETS_INLINE void with_count(int count, Body&& body) {
+  if (count == kMost) return body(std::integral_constant<int, kMost>{});
+  if constexpr (kMost > kStep) return with_count<kMost - kStep, kStep>(count, body);
+  __builtin_trap();  // callers clamp
+}
+
 // Calls body(begin, end) on pieces of [0, count) on torch's threads.
 template <class Body>
 FASTNETS_INLINE void parallel(int64_t count, int64_t grain, const Body& body) {

@@ -4,6 +4,10 @@ PYTHON ?= python3
 # What to build against and run on; a CPU build of torch where your package index has one: make test TORCH=torch==2.13.0+cpu
 TORCH ?= torch==2.13.0
 VENV ?= .venv
+# The CUDA version that nvcc and a wheel are of (make wheel CUDA=13.0). Where it is not given a wheel is for CPUs, and the
+# CUDA kernels are built where NVIDIA's driver is.
+CUDA ?=
+export FASTNETS_CUDA ?= $(if $(CUDA)$(wildcard /proc/driver/nvidia/version),1,0)
 # Options for the command behind a target: make bench ARGS='--op conv --threads 1', make test ARGS='-x -k softmax'
 ARGS ?=
 
@@ -23,8 +27,12 @@ $(VENV)/.needs: Makefile  # what the build needs; it runs without isolation, aga
 	$(PIP) 'setuptools>=77' wheel ninja pybind11 '$(TORCH)'
 	@touch $@
 
+$(VENV)/.toolchain: $(VENV)/.needs csrc/cuda/toolchain.txt  # nvcc
+	$(PIP) $(if $(CUDA),$$(sed -n 's/==.*/==$(CUDA).*/p' csrc/cuda/toolchain.txt),-r csrc/cuda/toolchain.txt)
+	@touch $@
+
 # Editable: Python files are used where they are, only csrc/ and the metadata ask for a new build (an incremental one).
-$(VENV)/.installed: $(VENV)/.needs setup.py pyproject.toml $(CXX_SOURCES)
+$(VENV)/.installed: $(VENV)/.needs $(if $(filter 1,$(FASTNETS_CUDA)),$(VENV)/.toolchain) setup.py pyproject.toml $(CXX_SOURCES)
 	$(PIP) --no-build-isolation --editable .
 	@touch $@
 
@@ -41,12 +49,13 @@ bench: $(VENV)/.with-networks  ## verify, then time everything beside PyTorch
 	$(IN_VENV) -m fastnets bench $(ARGS)
 
 # A process a core; passive, since the threads of several processes on few cores must not spin.
-test: $(VENV)/.with-test,networks  ## run every test
+test: $(VENV)/.with-test,networks $(VENV)/.toolchain  ## run every test
 	OMP_WAIT_POLICY=passive $(IN_VENV) -m pytest --numprocesses auto $(ARGS)
 
-wheel: $(VENV)/.needs  ## a wheel for any Python >= 3.10 and torch >= 2.10, in dist/
+wheel: export FASTNETS_CUDA = $(if $(CUDA),1,0)
+wheel: $(VENV)/.needs $(if $(CUDA),$(VENV)/.toolchain)  ## a wheel for any Python >= 3.10 and torch >= 2.10, in dist/
 	rm -rf build/wheel build/lib* && mkdir -p build/wheel dist
-	$(IN_VENV) -W ignore setup.py --quiet egg_info --egg-base build/wheel --tag-build +cpu bdist_wheel --dist-dir build/wheel
+	$(IN_VENV) -W ignore setup.py --quiet egg_info --egg-base build/wheel --tag-build +$(if $(CUDA),cu$(subst .,,$(CUDA)),cpu) bdist_wheel --dist-dir build/wheel
 	@if $(IN_VENV) -c 'import auditwheel' 2>/dev/null; then \
 	  PATH="$(abspath $(VENV))/bin:$$PATH" $(IN_VENV) -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' \
 	    --wheel-dir dist build/wheel/*.whl; \

@@ -75,14 +75,16 @@ def backends() -> list[dict[str, Any]]:
 def build() -> dict[str, Any]:
     """The operator library: where it is, its size, and the compiler's own mark in it."""
     path = _library.path
+    cuda = {"cuda_library": None if _library.cuda_path is None else str(_library.cuda_path)}
     if path is None:
-        return {"library": None, "bytes": None, "compiler": None, "reason": _library.missing}
+        return {"library": None, "bytes": None, "compiler": None, "reason": _library.missing, **cuda}
     mark = re.search(rb"(GCC: \([^\0]*|clang version [^\0]*)", path.read_bytes())
     return {
         "library": str(path),
         "bytes": path.stat().st_size,
         "compiler": mark.group(1).decode(errors="replace").strip() if mark else None,
         "reason": _library.missing,
+        **cuda,
     }
 
 

@@ -1,6 +1,7 @@
 """Loads the operator library, `_C.abi3.so`. Without it everything runs on the reference backend.
 
-Builds for development have a second one, `_simt`: the CUDA kernels on the SIMT device.
+`_C_cuda.abi3.so` beside it adds the same operators for CUDA tensors, where torch has CUDA. Builds for development have
+a third one, `_simt`: the CUDA kernels on the SIMT device.
 """
 
 import importlib
@@ -11,10 +12,18 @@ from pathlib import Path
 import torch
 
 _FOLDER = Path(__file__).parent
-_NAMES = [_FOLDER / f"_C{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
 
-path: Path | None = next((name for name in _NAMES if name.exists()), None)
+
+def _find(stem: str) -> Path | None:
+    names = [_FOLDER / f"{stem}{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    return next((name for name in names if name.exists()), None)
+
+
+path: Path | None = _find("_C")
 """Where the operator library is, or None when there is none."""
+
+cuda_path: Path | None = _find("_C_cuda")
+"""Where the CUDA operators' library is, or None when there is none."""
 
 
 def _load() -> str | None:
@@ -34,6 +43,25 @@ missing: str | None = _load()
 
 if missing is not None:
     warnings.warn(f"fastnets runs on its plain PyTorch reference, slowly: {missing}", stacklevel=2)
+
+
+def _load_cuda() -> str | None:
+    """Loads the CUDA operators; returns why they could not be, or None. Asks for no GPU: CUDA stays uninitialised."""
+    if missing is not None:
+        return missing
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA"
+    if cuda_path is None:
+        return f"no CUDA library in {_FOLDER}: build it with `FASTNETS_CUDA=1 pip install .` (needs nvcc)"
+    try:
+        torch.ops.load_library(str(cuda_path))
+    except (OSError, RuntimeError) as error:
+        return f"{cuda_path.name} does not load: {error}"
+    return None
+
+
+cuda_missing: str | None = _load_cuda()
+"""Why there are no CUDA operators, or None when there are. Where there are, there may still be no GPU."""
 
 
 def _load_simt() -> str | None:

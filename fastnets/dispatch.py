@@ -54,6 +54,7 @@ def _supports_everything(case: Case) -> None:
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CUDA_CAPABILITY = (8, 0)
 
 
 def _cpu_supports(case: Case) -> str | None:
@@ -64,6 +65,28 @@ def _cpu_supports(case: Case) -> str | None:
     if case.dtype not in _FLOATING:
         return f"it takes float32, float64, bfloat16 and float16, not {case.dtype}"
     return None
+
+
+@torch.compiler.assume_constant_result
+def _gpu_missing() -> str | None:
+    """Why the CUDA operators have no GPU to run on, or None; looks at the machine."""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    capability = min(torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count()))
+    if capability < _CUDA_CAPABILITY:
+        needed, found = (".".join(map(str, pair)) for pair in (_CUDA_CAPABILITY, capability))
+        return f"the CUDA kernels need compute capability {needed}, and a device here has {found}"
+    return None
+
+
+def _cuda_supports(case: Case) -> str | None:
+    if _library.cuda_missing is not None:
+        return _library.cuda_missing
+    if case.device != "cuda":
+        return f"it takes CUDA tensors, not {case.device} ones"
+    if case.dtype not in _CUDA_DTYPES:
+        return f"the CUDA kernels take float32, bfloat16 and float16, not {case.dtype}"
+    return _gpu_missing()
 
 
 def _simt_supports(case: Case) -> str | None:
@@ -80,6 +103,7 @@ def _simt_supports(case: Case) -> str | None:
 IMPLEMENTATIONS: dict[tuple[str, str], Implementation] = {
     **{(family, "reference"): Implementation("reference", _supports_everything) for family in FAMILIES},
     **{(family, "cpu"): Implementation("cpu", _cpu_supports, torch.ops.fastnets) for family in FAMILIES},
+    ("softmax", "cuda"): Implementation("cuda", _cuda_supports, torch.ops.fastnets),
     ("softmax", "simt"): Implementation("simt", _simt_supports, torch.ops.fastnets_simt),
 }
 
@@ -90,11 +114,6 @@ ORDER: dict[str, tuple[str, ...]] = {
 }
 _ORDER_ELSEWHERE = ("reference",)
 
-_NOT_BUILT = {
-    "cuda": "the CUDA kernels are not part of this release",
-    "triton": "the Triton kernels are not part of this release",
-}
-
 
 def why_missing(name: str) -> str | None:
     """Why backend `name` cannot run on this machine at all; None when it can."""
@@ -102,7 +121,9 @@ def why_missing(name: str) -> str | None:
         return _library.missing
     if name == "simt":
         return _library.simt_missing
-    return _NOT_BUILT.get(name)
+    if name == "cuda":
+        return _library.cuda_missing or _gpu_missing()
+    return "the Triton kernels are not part of this release" if name == "triton" else None
 
 
 class _Thread(threading.local):

@@ -1,9 +1,11 @@
-"""Compiles CUDA sources of tests/simt for the SIMT device, with the host's compiler, into build/tests."""
+"""Compiles CUDA sources of tests/simt for the SIMT device, with the host's compiler, into build/tests; finds nvcc."""
 
 import os
+import runpy
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +24,18 @@ def compiler() -> str:
     if shutil.which(name) is None:
         pytest.skip(f"no C++ compiler {name!r} here")
     return name
+
+
+def setup_module() -> dict[str, Any]:
+    """What setup.py defines."""
+    return runpy.run_path(str(HERE.parent / "setup.py"))
+
+
+def nvcc() -> Path:
+    """nvcc as the build finds it. Where there is none, the test fails: `make test` installs it."""
+    found = setup_module()["find_nvcc"]()
+    assert found is not None, "no nvcc: pip install -r csrc/cuda/toolchain.txt"
+    return found
 
 
 def outdated(target: Path) -> bool:

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations
 from torch.testing import assert_close
 
 import fastnets
-from fastnets import dispatch
+from fastnets import _library, dispatch
 from fastnets.convert import TABLE
 
 X = torch.randn(2, 3)
@@ -59,6 +59,26 @@ def test_automatic_choice_asks_in_order_and_forced_does_not_fall_back():
     assert (case.family, implementation.backend, objections) == ("softmax", "reference", {"cpu": "it is resting"})
     with fastnets.backend("cpu"), pytest.raises(NotImplementedError, match="it is resting"):
         fastnets.functional.softmax(X, -1)
+
+
+def test_cuda_says_what_it_lacks(monkeypatch):
+    def objection(**case):
+        return dispatch.IMPLEMENTATIONS["softmax", "cuda"].supports(_softmax_case(**case))
+
+    monkeypatch.setattr(_library, "cuda_missing", "nobody built it")
+    assert objection(device="cuda") == dispatch.why_missing("cuda") == "nobody built it"
+    monkeypatch.setattr(_library, "cuda_missing", None)
+    assert "not cpu ones" in objection()
+    assert "not torch.float64" in objection(device="cuda", dtype=torch.float64)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert objection(device="cuda") == dispatch.why_missing("cuda") == "torch sees no CUDA device"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9 - 2 * index, 5))
+    assert "need compute capability 8.0, and a device here has 7.5" in objection(device="cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert objection(device="cuda") is None
+    assert dispatch.why_missing("cuda") is None
 
 
 @pytest.mark.parametrize("family", dispatch.FAMILIES)

@@ -6,16 +6,12 @@ element in a wrong place shows.
 
 import ctypes
 import re
-import shutil
 import subprocess
 
 import host_compiler
 import numpy as np
 import ptx
 import pytest
-
-if shutil.which("nvcc") is None:
-    pytest.skip("no nvcc here, whose PTX these tests run", allow_module_level=True)
 
 WORDS = np.uint32
 KERNELS = host_compiler.CSRC / "cuda"
@@ -36,7 +32,7 @@ def programs():
     if host_compiler.outdated(target):
         host_compiler.OUTPUT.mkdir(parents=True, exist_ok=True)
         source = host_compiler.HERE / "simt" / "probes.cu"
-        host_compiler.run("nvcc", "-std=c++20", "-arch=compute_80", "-ptx", source, "-o", target)
+        host_compiler.run(host_compiler.nvcc(), "-std=c++20", "-arch=compute_80", "-ptx", source, "-o", target)
     return ptx.entries(target.read_text())
 
 
@@ -153,7 +149,17 @@ def test_every_wrapper_has_a_probe(programs):
 @pytest.mark.parametrize("source", sorted(path.name for path in KERNELS.glob("*.cu")))
 def test_kernels_compile_without_spills(source, architecture, tmp_path):
     code = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
-    command = ["nvcc", "-std=c++20", "-O3", code, "-Xptxas=-v", "-cubin", "-o", tmp_path / "out", KERNELS / source]
+    command = [
+        host_compiler.nvcc(),
+        "-std=c++20",
+        "-O3",
+        code,
+        "-Xptxas=-v",
+        "-cubin",
+        "-o",
+        tmp_path / "out",
+        KERNELS / source,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     usage = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)

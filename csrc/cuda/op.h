@@ -29,6 +29,9 @@ class Queue {
 
 #else
 
+// It is in libtorch_cuda.so; without that the library loads all the same, and no tensor ever gets here.
+#pragma weak aoti_torch_get_current_cuda_stream
+
 // Makes the tensor's device the current one for as long as it lives.
 class Queue {
  public:

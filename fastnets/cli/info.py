@@ -6,11 +6,10 @@ from typing import Any
 
 from rich.table import Table
 
-from .. import dispatch
 from ..bench import environment
 from ._common import console
 
-NO_GPU_KERNELS = "This release has no GPU kernels: tensors on a GPU run on the reference backend, in plain PyTorch."
+NO_GPU = "No GPU has run any of this: the CUDA kernels have been run, thread by thread, on the SIMT device alone."
 FORCE_NOTE = "FASTNETS_CPU=generic|avx2|avx512 forces one"
 
 
@@ -27,7 +26,6 @@ def facts() -> dict[str, Any]:
         "backends": environment.backends(),
         "build": environment.build(),
         "commit": environment.commit(),
-        "gpu_kernels": any(backend in ("cuda", "triton") for _, backend in dispatch.IMPLEMENTATIONS),
     }
 
 
@@ -78,9 +76,9 @@ def _print(found: dict[str, Any]) -> None:
         "build",
         {
             "operator library": f"{build['library'] or build['reason']}{size}",
+            "CUDA library": build["cuda_library"] or "not built",
             "compiler": build["compiler"],
             "commit": found["commit"],
         },
     )
-    if not found["gpu_kernels"]:
-        out.print(NO_GPU_KERNELS)
+    out.print(NO_GPU)

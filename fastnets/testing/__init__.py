@@ -94,12 +94,13 @@ def tolerances(measure: Tensor, truth: Tensor, dtype: torch.dtype) -> tuple[floa
     return 2 * _rms(measure) + floor, 5 * _largest(measure) + floor
 
 
-def check(case: Case, dtype: torch.dtype, backend: str, *, device: str = "cpu", seed: int = 0) -> Outcome:
+def check(case: Case, dtype: torch.dtype, backend: str, *, seed: int = 0) -> Outcome:
     """Runs the case forwards and backwards on `backend` and holds every output and gradient against the rule.
 
     Raises:
         dispatch.Unsupported: with the reason, where the backend does not take the case.
     """
+    device = "cuda" if backend in ("cuda", "triton") else "cpu"
     drawn = case.inputs(torch.Generator().manual_seed(seed))
     # For float64 itself nothing truer is at hand: PyTorch's float32 error, scaled by the ratio of the two epsilons.
     measured_in = torch.float32 if dtype == torch.float64 else dtype

@@ -17,7 +17,7 @@ CXX_SOURCES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install bench test wheel lint format clean
+.PHONY: help install bench test sanitize wheel lint format clean
 
 help:  ## what there is to make
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -51,6 +51,9 @@ bench: $(VENV)/.with-networks  ## verify, then time everything beside PyTorch
 # A process a core; passive, since the threads of several processes on few cores must not spin.
 test: $(VENV)/.with-test,networks $(VENV)/.toolchain  ## run every test
 	OMP_WAIT_POLICY=passive $(IN_VENV) -m pytest --numprocesses auto $(ARGS)
+
+sanitize: $(VENV)/.with-test,networks  ## run the CUDA kernels under sanitizers, and without each barrier
+	$(IN_VENV) tests/sanitizers.py $(ARGS)
 
 wheel: export FASTNETS_CUDA = $(if $(CUDA),1,0)
 wheel: $(VENV)/.needs $(if $(CUDA),$(VENV)/.toolchain)  ## a wheel for any Python >= 3.10 and torch >= 2.10, in dist/

@@ -17,10 +17,24 @@ DEVICE = sorted((CSRC / "simt").glob("*.cpp"))
 DEVICE.remove(CSRC / "simt" / "bindings.cpp")
 FLAGS = ["-std=c++20", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fvisibility=hidden"]
 
+_ADDRESS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+_THREAD = ["-fsanitize=thread"]
+MODES = {
+    "plain": (["-O1"], ["-O2"], []),
+    "address": (["-O1", *_ADDRESS], ["-O1", *_ADDRESS], _ADDRESS),
+    # ThreadSanitizer watches the kernels; the device tells it what it has to know (csrc/simt/sanitizer.h).
+    "thread": (["-O1", "-fno-builtin", *_THREAD], ["-O2", "-DFASTNETS_SIMT_TSAN"], _THREAD),
+}
+"""How a program is built: flags for kernels, for the device, and to link."""
+
+
+def compiler_name() -> str:
+    return os.environ.get("CXX", "g++")
+
 
 def compiler() -> str:
     """The host's C++ compiler; skips the test where there is none."""
-    name = os.environ.get("CXX", "g++")
+    name = compiler_name()
     if shutil.which(name) is None:
         pytest.skip(f"no C++ compiler {name!r} here")
     return name
@@ -52,44 +66,36 @@ def run(*command: object) -> None:
     assert done.returncode == 0, f"{' '.join(done.args)}\n{done.stderr}"
 
 
+@contextlib.contextmanager
+def building_in(folder: Path) -> Iterator[None]:
+    """The folder, made if need be; of several processes (the tests') one at a time is let in."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def library(name: str) -> Path:
     """tests/simt/NAME.cu with the device, as a shared library."""
     target = OUTPUT / f"lib{name}.so"
-    if outdated(target):
-        OUTPUT.mkdir(parents=True, exist_ok=True)
-        run(
-            compiler(),
-            *FLAGS,
-            "-O2",
-            "-fPIC",
-            "-shared",
-            "-x",
-            "c++",
-            HERE / "simt" / f"{name}.cu",
-            *DEVICE,
-            "-o",
-            target,
-        )
+    with building_in(OUTPUT):
+        if outdated(target):
+            kernels = ["-x", "c++", HERE / "simt" / f"{name}.cu"]
+            run(compiler(), *FLAGS, "-O2", "-fPIC", "-shared", *kernels, *DEVICE, "-o", target)
     return target
 
 
-def program(name: str, sanitizers: str) -> Path:
-    """tests/simt/NAME.cu with the device, as a program under sanitizers ("address,undefined" or "thread")."""
-    target = OUTPUT / f"{name}.{sanitizers.replace(',', '.')}"
-    if not outdated(target):
-        return target
-    OUTPUT.mkdir(parents=True, exist_ok=True)
-    sanitize = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
-    kernels = ["-DFASTNETS_STANDALONE", "-x", "c++", HERE / "simt" / f"{name}.cu"]
-    if sanitizers != "thread":
-        run(compiler(), *FLAGS, "-O1", *sanitize, *kernels, *DEVICE, "-o", target)
-        return target
-    # ThreadSanitizer watches the kernels; the device tells it what it has to know (csrc/simt/sanitizer.h).
-    folder = OUTPUT / "thread"
-    folder.mkdir(exist_ok=True)
-    objects = [folder / f"{path.stem}.o" for path in (HERE / "simt" / name, *DEVICE)]
-    run(compiler(), *FLAGS, "-O1", "-fno-builtin", *sanitize, *kernels, "-c", "-o", objects[0])
-    for path, output in zip(DEVICE, objects[1:], strict=True):
-        run(compiler(), *FLAGS, "-O2", "-DFASTNETS_SIMT_TSAN", "-c", path, "-o", output)
-    run(compiler(), *sanitize, *objects, "-o", target)
+def program(name: str, mode: str) -> Path:
+    """tests/simt/NAME.cu with the device, as a program built in one of MODES."""
+    target, folder = OUTPUT / f"{name}.{mode}", OUTPUT / mode
+    kernel_flags, device_flags, link_flags = MODES[mode]
+    with building_in(folder):
+        if not outdated(target):
+            return target
+        objects = [folder / f"{path.stem}.o" for path in (HERE / "simt" / name, *DEVICE)]
+        kernels = ["-DFASTNETS_STANDALONE", "-x", "c++", HERE / "simt" / f"{name}.cu"]
+        run(compiler(), *FLAGS, *kernel_flags, *kernels, "-c", "-o", objects[0])
+        for path, output in zip(DEVICE, objects[1:], strict=True):
+            run(compiler(), *FLAGS, *device_flags, "-c", path, "-o", output)
+        run(compiler(), *link_flags, *objects, "-o", target)
     return target

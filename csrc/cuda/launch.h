@@ -28,6 +28,9 @@ struct Grid {
 // The shared memory in bytes that one block may have.
 inline size_t shared_limit() { return simt::shared_limit(); }
 
+// The blocks that a grid's x takes.
+inline int64_t grid_limit() { return simt::grid_limit(); }
+
 template <class... Parameters>
 void launch(const Grid& grid, void (*kernel)(Parameters...), std::type_identity_t<Parameters>... arguments) {
   auto thread = [&] { kernel(arguments...); };
@@ -41,6 +44,8 @@ void launch(const Grid& grid, void (*kernel)(Parameters...), std::type_identity_
 inline void check_cuda(cudaError_t error, const char* name) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(error));
 }
+
+inline int64_t grid_limit() { return 0x7fffffff; }
 
 inline size_t shared_limit() {
   int device, bytes;
@@ -76,7 +81,7 @@ __device__ __forceinline__ void grid_barrier(FASTNETS_HERE) {
 }
 
 // As many blocks as there are pieces of work, up to what a grid's x takes; kernels go on in strides of the grid.
-inline unsigned blocks_for(int64_t pieces) { return static_cast<unsigned>(std::min<int64_t>(pieces, 0x7fffffff)); }
+inline unsigned blocks_for(int64_t pieces) { return static_cast<unsigned>(std::min(pieces, grid_limit())); }
 
 // Calls f with a value of the type that the dtype's elements are stored in.
 template <class F>

@@ -86,6 +86,7 @@ struct Device {
   uint64_t seed = 0;
   std::mt19937_64 random;
   size_t shared_limit = 99 << 10;  // the least of the architectures that the kernels are for
+  unsigned grid_limit = 0x7fffffff;
   bool count = false;
   std::map<std::string, Counters> counters;
 } device;
@@ -382,6 +383,8 @@ void run(const Launch& launch, void (*body)(void*), void* argument) {
 void set_seed(uint64_t seed) { device.seed = seed; }
 size_t shared_limit() { return device.shared_limit; }
 void set_shared_limit(size_t bytes) { device.shared_limit = bytes; }
+unsigned grid_limit() { return device.grid_limit; }
+void set_grid_limit(unsigned blocks) { device.grid_limit = blocks; }
 void set_counting(bool on) { device.count = on; }
 const std::map<std::string, Counters>& counters() { return device.counters; }
 void reset_counters() { device.counters.clear(); }

@@ -56,6 +56,11 @@ void set_seed(uint64_t seed);
 size_t shared_limit();
 void set_shared_limit(size_t bytes);
 
+// The blocks of a grid whose blocks take their work in strides: CUDA's limit, or fewer, so that one block takes several
+// pieces.
+unsigned grid_limit();
+void set_grid_limit(unsigned blocks);
+
 void* dynamic_shared();
 // The block's array of that name: `tag` is an address of the declaration's own.
 void* static_shared(const void* tag, size_t bytes, Where at);

@@ -1,0 +1,133 @@
+"""A copy of the CUDA kernels in which each barrier, wait and fence can be left out, one at a time.
+
+A copy for each would have to be compiled for each. Here every such statement gets a number and becomes
+FASTNETS_STATEMENT(number, call) of tests/sanitize/mutant.h, and a program leaves out the one it is told to.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+REDUNDANT = HERE / "sanitize" / "redundant.json"
+
+CALLS = (
+    "__syncthreads",
+    "__syncwarp",
+    "__threadfence",
+    "__threadfence_block",
+    "copy_async_commit",
+    "copy_async_wait",
+    "copy_async_wait_all",
+    "grid_barrier",
+    "named_barrier",
+)
+# A call that is a statement; a qualified one (simt::grid_barrier) is the device's own body.
+_STATEMENT = re.compile(rf"(?<![\w:.>])((?:{'|'.join(CALLS)})(?:<[^<>;]*>)?\([^;{{}}]*\));")
+_CALL = re.compile(rf"(?<![\w:.>])(?:{'|'.join(CALLS)})\s*[<(]")
+_DEFINITION = re.compile(r"\bvoid\s+$")
+
+
+class Statement(NamedTuple):
+    """One barrier, wait or fence of the source."""
+
+    number: int
+    file: str
+    """From the repository's root."""
+    line: int
+    text: str
+    """The whole line."""
+    before: str
+    """The line before it that is not empty: together they tell it from its like."""
+
+
+class Redundant(NamedTuple):
+    """A statement that may be missing, and why nothing could notice; one entry of redundant.json."""
+
+    file: str
+    before: str
+    text: str
+    proof: str
+
+    def is_about(self, statement: Statement) -> bool:
+        return self[:3] == (statement.file, statement.before, statement.text)
+
+
+def redundant() -> list[Redundant]:
+    return [Redundant(**entry) for entry in json.loads(REDUNDANT.read_text())]
+
+
+def sources() -> list[Path]:
+    """What is mutated: the kernels, the headers they share, and the kernels of the drivers."""
+    found = [*(ROOT / "csrc" / "cuda").glob("*.cu"), *(ROOT / "csrc" / "cuda").glob("*.h")]
+    return [*sorted(found), *sorted((HERE / "sanitize").glob("*.cu"))]
+
+
+def number(path: Path, first: int) -> tuple[list[Statement], str]:
+    """The statements of a file, numbered from `first`, and the file with those numbers in it."""
+    found: list[Statement] = []
+    lines, before = [], ""
+    for place, line in enumerate(path.read_text().splitlines(), 1):
+        code, comment = re.fullmatch(r"(.*?)(\s*//.*)?", line).groups()
+
+        def numbered(match: re.Match, place=place, line=line, before=before, code=code) -> str:
+            if _DEFINITION.search(code[: match.start()]):
+                return match.group()
+            this = first + len(found)
+            found.append(Statement(this, str(path.relative_to(ROOT)), place, line.strip(), before))
+            return f"FASTNETS_STATEMENT({this}, ({match.group(1)}));"
+
+        copied = _STATEMENT.sub(numbered, code)
+        for call in _CALL.finditer(re.sub(r"FASTNETS_STATEMENT\(.*?\);", "", copied)):
+            if not _DEFINITION.search(copied[: copied.index(call.group())]):
+                raise ValueError(f"{path}:{place}: a statement by itself, on one line, is what can be left out")
+        lines.append(copied + (comment or ""))
+        before = line.strip() or before
+    return found, "\n".join(lines) + "\n"
+
+
+def statements() -> list[Statement]:
+    """Every barrier, wait and fence, in the order of their numbers."""
+    found: list[Statement] = []
+    for path in sources():
+        found += number(path, len(found))[0]
+    return found
+
+
+def write_copy(target: Path) -> None:
+    """Writes the copy, with every header that it needs, under `target`."""
+    first = 0
+    for path in sources():
+        found, text = number(path, first)
+        first += len(found)
+        _write(target / path.relative_to(ROOT), text)
+    for path in (ROOT / "csrc").rglob("*.h"):
+        if path.parent.name != "cuda":
+            _write(target / path.relative_to(ROOT), path.read_text())
+    return statements
+
+
+def _write(path: Path, text: str) -> None:
+    """Leaves a file that is the same as it is, so that nothing is compiled anew."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+
+
+def included(paths: Iterable[Path]) -> set[str]:
+    """The files, from the root, that sources include, and they themselves."""
+    found: set[str] = set()
+    waiting = list(paths)
+    while waiting:
+        path = waiting.pop().resolve()
+        name = str(path.relative_to(ROOT))
+        if name in found:
+            continue
+        found.add(name)
+        for include in re.findall(r'^#include "([^"]+)"', path.read_text(), re.MULTILINE):
+            near, from_csrc = path.parent / include, ROOT / "csrc" / include
+            waiting += [candidate for candidate in (near, from_csrc) if candidate.exists()][:1]
+    return found

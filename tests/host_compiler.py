@@ -1,9 +1,12 @@
 """Compiles CUDA sources of tests/simt for the SIMT device, with the host's compiler, into build/tests; finds nvcc."""
 
+import contextlib
+import fcntl
 import os
 import runpy
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 

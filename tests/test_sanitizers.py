@@ -34,10 +34,6 @@ def test_a_missing_statement_is_noticed(perform, statement):
     assert perform("tensor_core", sanitizers.SCHEDULES, statement.number).noticed is not None
 
 
-def test_every_kernel_has_a_driver():
-    assert sanitizers.without_driver() == []
-
-
 def test_statements_are_found_in_the_kernels():
     found = {(statement.file, statement.text.split("(")[0]) for statement in STATEMENTS}
     assert ("csrc/cuda/reduce.h", "__syncthreads") in found

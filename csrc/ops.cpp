@@ -45,23 +45,24 @@ STABLE_TORCH_LIBRARY(FASTNETS_LIBRARY, m) {
   m.def("softmax_forward(Tensor x, Tensor? mask, int dim, float scale) -> Tensor");
   m.def("softmax_backward(Tensor grad, Tensor y, int dim, float scale) -> Tensor");
   // Attention, see fastnets/reference/attention.py. q [B, Hq, Lq, D], k [B, Hkv, Lk, D], v [B, Hkv, Lk, Dv] with
-  // contiguous rows; mask of 4 dimensions, each of full size or 1; slopes [B, Hq]; seed [2]; starts [N + 1].
+  // contiguous rows; mask of 4 dimensions, each of full size or 1; slopes [B, Hq]; seed [2]; starts [N + 1]; tf32:
+  // float32 products may be computed in TF32.
   // Returns out [B, Hq, Lq, Dv] and lse [B, Hq, Lq], the rows' log-sum-exp in log2.
   m.def(
       "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? slopes, Tensor? seed, Tensor? starts_q, "
-      "Tensor? starts_k, float scale, float softcap, int? left, int? right, int? offset, float dropout) "
-      "-> (Tensor, Tensor)");
+      "Tensor? starts_k, float scale, float softcap, int? left, int? right, int? offset, float dropout, "
+      "bool tf32) -> (Tensor, Tensor)");
   // The softmax weights [B, Hq, Lq, Lk], after dropout.
   m.def(
       "attention_weights(Tensor q, Tensor k, Tensor lse, Tensor? mask, Tensor? slopes, Tensor? seed, float scale, "
-      "float softcap, int? left, int? right, int? offset, float dropout) -> Tensor");
+      "float softcap, int? left, int? right, int? offset, float dropout, bool tf32) -> Tensor");
   // The gradients of q, k, v and, with bias_gradient, of the additive mask (else an empty tensor). grad_lse is what the
   // natural logarithm of the rows' sums receives, less the sum over each row of weights * grad_weights.
   m.def(
       "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor? grad_weights, Tensor q, Tensor k, Tensor v, "
       "Tensor out, Tensor lse, Tensor? mask, Tensor? slopes, Tensor? seed, Tensor? starts_q, Tensor? starts_k, "
-      "float scale, float softcap, int? left, int? right, int? offset, float dropout, bool bias_gradient) "
-      "-> (Tensor, Tensor, Tensor, Tensor)");
+      "float scale, float softcap, int? left, int? right, int? offset, float dropout, bool tf32, "
+      "bool bias_gradient, bool deterministic) -> (Tensor, Tensor, Tensor, Tensor)");
   // The instruction set that the CPU kernels run on: 0 generic, 1 avx2, 2 avx512.
   m.def("cpu_capability() -> int");
 }

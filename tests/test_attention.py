@@ -291,7 +291,7 @@ def test_opcheck(dtype):
     mask, seed = torch.randn(1, 4, 1, 9), torch.tensor([3, 4])
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     slopes = torch.rand(4, dtype=compute).expand(2, 4)
-    options = (0.3, 2.0, 3, None, None, 0.2)
+    options = (0.3, 2.0, 3, None, None, 0.2, False)
     operators = torch.ops.fastnets
     utilities = ("test_schema", "test_faketensor")
     inputs = (q, k, v, mask, slopes, seed, None, None, *options)
@@ -299,7 +299,7 @@ def test_opcheck(dtype):
     torch.library.opcheck(operators.attention_forward, inputs, test_utils=utilities)
     torch.library.opcheck(operators.attention_weights, (q, k, lse, mask, slopes, seed, *options), test_utils=utilities)
     for bias in (True, False):
-        backward = (torch.randn_like(out), None, None, q, k, v, out, lse, *inputs[3:], bias)
+        backward = (torch.randn_like(out), None, None, q, k, v, out, lse, *inputs[3:], bias, False)
         torch.library.opcheck(operators.attention_backward, backward, test_utils=utilities)
     starts = torch.tensor([0, 4, 5]), torch.tensor([0, 2, 9])
     packed = (*(t[:1] for t in (q, k, v)), None, slopes, seed, *starts, *options)
@@ -412,7 +412,7 @@ def test_the_operator_guards_its_memory():
     x = torch.zeros(1, 2, 5, 4)
     starts = torch.tensor([0, 9])
     with pytest.raises(RuntimeError, match="starts_q must ascend"):
-        torch.ops.fastnets.attention_forward(x, x, x, None, None, None, starts, starts, 1.0, 0.0, None, None, 0, 0.0)
+        torch.ops.fastnets.attention_forward(x, x, x, None, None, None, *[starts] * 2, 1.0, 0.0, None, None, 0, 0.0, False)
 
 
 _size = st.integers(0, 5)

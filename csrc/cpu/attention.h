@@ -360,7 +360,7 @@ struct Scoring {
       c[l] = static_cast<uint32_t>(h.head);
       d[l] = static_cast<uint32_t>(h.batch);
     }
-    uint32_t key[2] = {p.seed[0], p.seed[1]};
+    uint32_t key[2] = {static_cast<uint32_t>(p.seed[0]), static_cast<uint32_t>(p.seed[1])};
     for (int round = 0; round < 10; ++round) {
       for (int l = 0; l < lanes; ++l) {
         const uint64_t from_a = uint64_t{a[l]} * 0xD2511F53u, from_c = uint64_t{c[l]} * 0xCD9E8D57u;

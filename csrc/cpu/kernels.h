@@ -119,9 +119,9 @@ struct AttentionArray {
   int64_t batch, head, row;
 };
 
-// What every attention kernel is told. Lengths and shapes: q [batch, heads, lq, d], k [batch, heads / groups, lk, d],
-// v [batch, heads / groups, lk, dv]. With `starts`, batch counts the sequences, which lie one after the other in the
-// rows of one entry.
+// What every attention kernel is told; starts, seed and slopes, too, lie where the tensors do. Lengths and shapes: q
+// [batch, heads, lq, d], k [batch, heads / groups, lk, d], v [batch, heads / groups, lk, dv]. With `starts`, batch
+// counts the sequences, which lie one after the other in the rows of one entry.
 struct Attention {
   Dtype dtype;
   AttentionArray q, k, v;
@@ -137,7 +137,8 @@ struct Attention {
   int64_t left, right, offset;
   bool bottom_right;
   double scale, softcap, dropout;
-  uint32_t seed[2];
+  const int64_t* seed;  // [2] words of 32 bits: the key of dropout's random numbers
+  bool tf32;            // float32 products may be TF32's, on devices that have it
 };
 constexpr int64_t kUnlimited = int64_t{1} << 60;  // for left and right
 
@@ -163,6 +164,7 @@ struct AttentionBackward : Attention {
   void* partial_grad_q;
   void* grad_mask;  // contiguous, of the mask's own sizes
   int64_t mask_sizes[4];
+  bool deterministic;  // the same bits in every run, where that takes another way
 };
 
 // One row a kernel: its name and its parameters. Every instruction set implements all of them.

@@ -13,6 +13,7 @@ from ..reference.attention import attention as reference
 from ..reference.philox import draw_seed
 from . import _autocast, _autograd
 from ._checks import expect, expect_broadcastable, expect_floating, expect_like, expect_shape, expect_tensor
+from ._precision import matmul_allows_tf32
 
 
 class _Attention(_autograd.Call):
@@ -56,6 +57,7 @@ class _Attention(_autograd.Call):
             *extra,
             *self.options,
             needs[3],
+            torch.are_deterministic_algorithms_enabled(),
         )
         return (*found[:3], found[3] if needs[3] else None, None, None, None, None)
 
@@ -146,7 +148,8 @@ def attention(
 
     if scale is None:
         scale = q.size(3) ** -0.5 if q.size(3) else 1.0
-    options = Options(float(scale), float(softcap), left, right, offset, float(dropout))
+    tf32 = q.dtype == torch.float32 and matmul_allows_tf32()
+    options = Options(float(scale), float(softcap), left, right, offset, float(dropout), tf32)
     seed = draw_seed(q.device) if dropout else None
     inputs = (q, k, v, mask, alibi_slopes, seed, starts_q, starts_k)
     implementation = dispatch.select(_case(inputs, options, return_lse, return_weights))
@@ -401,5 +404,5 @@ if _library.missing is None:
 
     @torch.library.register_fake("fastnets::attention_backward")
     def _(grad_out, grad_lse, grad_weights, q, k, v, out, lse, mask, *others):
-        grad_mask = mask.new_empty(mask.shape) if others[-1] else q.new_empty((0,))
+        grad_mask = mask.new_empty(mask.shape) if others[-2] else q.new_empty((0,))
         return _like(q, *q.shape), _like(k, *k.shape), _like(v, *v.shape), grad_mask

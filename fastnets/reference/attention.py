@@ -26,6 +26,8 @@ class Options(NamedTuple):
     offset: int | None = 0
     """Key i + offset is query i's own; None means Lk - Lq, the last query facing the last key."""
     dropout: float = 0.0
+    tf32: bool = False
+    """float32 products may be computed in TF32, on devices that have it."""
 
 
 def attention(

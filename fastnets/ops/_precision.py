@@ -1,0 +1,9 @@
+"""torch's switches for reduced precision, as an operator's argument."""
+
+import torch
+
+
+@torch.compiler.assume_constant_result  # in a graph; dynamo compiles anew when the switch is moved
+def matmul_allows_tf32() -> bool:
+    """Whether float32 products may be computed in TF32: torch.backends.cuda.matmul.fp32_precision, or allow_tf32."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"

@@ -412,7 +412,9 @@ def test_the_operator_guards_its_memory():
     x = torch.zeros(1, 2, 5, 4)
     starts = torch.tensor([0, 9])
     with pytest.raises(RuntimeError, match="starts_q must ascend"):
-        torch.ops.fastnets.attention_forward(x, x, x, None, None, None, *[starts] * 2, 1.0, 0.0, None, None, 0, 0.0, False)
+        torch.ops.fastnets.attention_forward(
+            x, x, x, None, None, None, *[starts] * 2, 1.0, 0.0, None, None, 0, 0.0, False
+        )
 
 
 _size = st.integers(0, 5)

@@ -31,6 +31,9 @@ inline size_t shared_limit() { return simt::shared_limit(); }
 // The blocks that a grid's x takes.
 inline int64_t grid_limit() { return simt::grid_limit(); }
 
+// How many blocks it takes to occupy the device.
+inline int multiprocessors() { return 16; }
+
 template <class... Parameters>
 void launch(const Grid& grid, void (*kernel)(Parameters...), std::type_identity_t<Parameters>... arguments) {
   auto thread = [&] { kernel(arguments...); };
@@ -52,6 +55,13 @@ inline size_t shared_limit() {
   check_cuda(cudaGetDevice(&device), "cudaGetDevice");
   check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
   return bytes;
+}
+
+inline int multiprocessors() {
+  int device, count;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  return count;
 }
 
 template <class... Parameters>

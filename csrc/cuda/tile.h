@@ -172,12 +172,11 @@ class Reader {
     exchange_ = (chunk ^ TileType::swizzle(row)) * 16;
   }
 
-  // The fragment at that row and column of the tile: multiples of 8, the column of 16 bytes' elements times two; they
-  // cost nothing where they are constants.
-  __device__ __forceinline__ Fragment<C> operator()(TileType tile, int row, int column FASTNETS_AT) const {
+  // The registers of the fragment at that row and column of the tile: multiples of 8, the column of 16 bytes' elements
+  // times two; they cost nothing where they are constants.
+  __device__ __forceinline__ void load(uint32_t (&r)[4], TileType tile, int row, int column FASTNETS_AT) const {
     const char* const base = tile.data + place_ + row * kPitch;
     const int chunks = column / kChunk<T> * 16;
-    uint32_t r[4];
     if constexpr (kGathers) {
       constexpr int kExchange = (kNext == 1 ? 3 : 2) * 16;  // of the row kNext further, beyond this one's
 #pragma unroll
@@ -189,6 +188,11 @@ class Reader {
     } else {
       load_matrix<Transposed>(r, base + (chunks ^ exchange_) FASTNETS_PASS_AT);
     }
+  }
+
+  __device__ __forceinline__ Fragment<C> operator()(TileType tile, int row, int column FASTNETS_AT) const {
+    uint32_t r[4];
+    load(r, tile, row, column FASTNETS_PASS_AT);
     return to_fragment<C>(r);
   }
 

@@ -38,7 +38,7 @@ template <class... Parameters>
 void launch(const Grid& grid, void (*kernel)(Parameters...), std::type_identity_t<Parameters>... arguments) {
   auto thread = [&] { kernel(arguments...); };
   simt::run(
-      {grid.name, grid.grid, grid.block, grid.shared, grid.cooperative},
+      {grid.name, grid.grid, grid.block, grid.shared, grid.cooperative, reinterpret_cast<const void*>(kernel)},
       [](void* context) { (*static_cast<decltype(thread)*>(context))(); }, &thread);
 }
 

@@ -1,5 +1,6 @@
 // fastnets._simt: control of the SIMT device and its counters, for tests and `inspect`. Importing it registers the
 // operators torch.ops.fastnets_simt.
+#include <dlfcn.h>
 #include <pybind11/pybind11.h>
 
 #include "runtime.h"
@@ -20,6 +21,18 @@ py::dict counters() {
   return kernels;
 }
 
+// A kernel is named by its place in this library, as `nm` prints it.
+py::list launched() {
+  py::list launches;
+  for (const simt::Launched& launch : simt::launched()) {
+    Dl_info library;
+    if (dladdr(launch.kernel, &library) == 0) continue;  // a kernel of nobody's
+    const auto place = static_cast<const char*>(launch.kernel) - static_cast<const char*>(library.dli_fbase);
+    launches.append(py::make_tuple(place, launch.threads, launch.shared));
+  }
+  return launches;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_simt, m) {
@@ -28,6 +41,10 @@ PYBIND11_MODULE(_simt, m) {
         "0 runs blocks and threads in order; every other seed is another order.");
   m.def("set_counting", &simt::set_counting, py::arg("on"), "Whether launches are counted; it makes them slower.");
   m.def("counters", &counters, "{kernel: {counter: value}} since reset_counters(); see csrc/simt/runtime.h.");
+  m.def("launched", &launched,
+        "[(kernel, threads in a block, bytes of dynamic shared memory)] since reset_counters(), each once; a kernel is "
+        "its "
+        "address in this library.");
   m.def("reset_counters", &simt::reset_counters);
   m.def("shared_limit", &simt::shared_limit, "The bytes of shared memory that a block may have.");
   m.def("set_shared_limit", &simt::set_shared_limit, py::arg("bytes"),

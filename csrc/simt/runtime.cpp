@@ -89,6 +89,7 @@ struct Device {
   unsigned grid_limit = 0x7fffffff;
   bool count = false;
   std::map<std::string, Counters> counters;
+  std::set<Launched> launched;
 } device;
 
 Fiber& running() { return *static_cast<Fiber*>(current); }
@@ -362,7 +363,10 @@ void run(const Launch& launch, void (*body)(void*), void* argument) {
   device.live = 0;
   device.polls = 0;
   counting = device.count ? &device.counters[launch.name] : nullptr;
-  if (counting != nullptr) counting->launches += 1;
+  if (counting != nullptr) {
+    counting->launches += 1;
+    device.launched.insert({launch.kernel, launch.block.volume(), launch.shared});
+  }
   watching = device.count || device.seed != 0;
   adopt(device.host);
   struct Cleanup {
@@ -387,7 +391,11 @@ unsigned grid_limit() { return device.grid_limit; }
 void set_grid_limit(unsigned blocks) { device.grid_limit = blocks; }
 void set_counting(bool on) { device.count = on; }
 const std::map<std::string, Counters>& counters() { return device.counters; }
-void reset_counters() { device.counters.clear(); }
+const std::set<Launched>& launched() { return device.launched; }
+void reset_counters() {
+  device.counters.clear();
+  device.launched.clear();
+}
 
 void fail(const std::string& message, Where at) {
   throw Failure(std::string(active.name) + ": " + message + " (" + place(at) + "), block " + text(running().block) +

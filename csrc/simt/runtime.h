@@ -5,9 +5,11 @@
 // memory starts full of NaN, asynchronous copies arrive at the last moment, and a seed shuffles who runs next.
 #pragma once
 
+#include <compare>
 #include <cstddef>
 #include <cstdint>
 #include <map>
+#include <set>
 #include <source_location>
 #include <stdexcept>
 #include <string>
@@ -36,6 +38,7 @@ struct Launch {
   Dim3 grid, block;
   size_t shared = 0;  // bytes of dynamic shared memory
   bool cooperative = false;
+  const void* kernel = nullptr;  // its function
 };
 
 // Runs the grid; body(context) is one thread's work.
@@ -120,6 +123,15 @@ struct Counters {
 void set_counting(bool on);
 const std::map<std::string, Counters>& counters();  // by the launch's name
 void reset_counters();
+
+// The launches counted since the last reset, one of each kernel, block size and shared memory.
+struct Launched {
+  const void* kernel;
+  uint64_t threads;  // in a block
+  size_t shared;
+  auto operator<=>(const Launched&) const = default;
+};
+const std::set<Launched>& launched();
 
 enum class Access { kGlobalLoad, kGlobalStore, kAtomic, kSharedLoad, kSharedStore, kMatrixLoad };
 extern bool watching;  // someone counts, or a seed wants chances to switch

@@ -16,6 +16,7 @@ COMMANDS = {
     "info": "versions, the machine, the instruction set in use, and which backends run here and why others do not",
     "verify": "check every operator, forwards and backwards, on every backend here against float64",
     "bench": "time every operator and network beside PyTorch's own, in one process",
+    "inspect": "what the compiler made of the CUDA kernels, what they do to memory, and estimates: all without a GPU",
     "train": "train one of the networks on real data, alone or beside its torch.nn twin",
 }
 INTERRUPTED = 130

@@ -1,0 +1,185 @@
+"""Stated shapes, run on the SIMT device with its counters on: what the kernels do to memory, exactly.
+
+A shape is run once and stands for `copies` of it (rows, or heads of a batch): blocks do not share work, so that every
+count is that many times as large.
+"""
+
+import dataclasses
+import functools
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _library, dispatch, functional
+from ._gpu import Work
+from ._machine_code import signature
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """One call and its gradient."""
+
+    op: str
+    name: str
+    """Says the shape that the copies make together, and the options."""
+    dtype: torch.dtype
+    copies: int
+    inputs: Callable[[], dict[str, Tensor]]
+    """The shape that is run."""
+    call: Callable[..., Tensor]
+    exponentials: int
+    """Of one copy, forwards; the gradient takes as many again, where `recomputes`."""
+    recomputes: bool = False
+    saved: int = 0
+    """Bytes of one copy that the forward pass writes for the backward pass alone, which reads them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """What one pass of a workload did; totals over all copies."""
+
+    workload: Workload
+    direction: str
+    """forward or backward."""
+    launches: tuple[str, ...]
+    counters: Mapping[str, int]
+    fewest_bytes: int
+    """Every input once and every output once."""
+
+    def total(self, *names: str) -> int:
+        return sum(self.counters[name] for name in names)
+
+    @property
+    def bytes(self) -> int:
+        """Moved between multiprocessors and L2: whole sectors of 32 bytes."""
+        return 32 * self.total("global_load_sectors", "global_store_sectors")
+
+    @property
+    def sectors_per_request(self) -> float:
+        requests = self.total("global_load_requests", "global_store_requests")
+        return self.bytes / 32 / requests if requests else 0.0
+
+    @property
+    def fewest_sectors_per_request(self) -> float:
+        """Were no byte of a sector left unused."""
+        asked = self.total("global_load_bytes", "global_store_bytes")
+        requests = self.total("global_load_requests", "global_store_requests")
+        return asked / 32 / requests if requests else 0.0
+
+    @property
+    def conflicts_per_access(self) -> float:
+        accesses = self.total("shared_load_requests", "shared_store_requests")
+        return self.total("shared_load_conflicts", "shared_store_conflicts") / accesses if accesses else 0.0
+
+    @property
+    def work(self) -> Work:
+        """For the roofline."""
+        workload = self.workload
+        half = workload.dtype != torch.float32
+        again = self.direction == "forward" or workload.recomputes
+        return Work(
+            fewest_bytes=self.fewest_bytes,
+            half_flops=self.counters["mma"] * (2 * 16 * 8 * 16 if half else 0),
+            tf32_flops=self.counters["mma"] * (0 if half else 2 * 16 * 8 * 8),
+            wavefronts=self.total("shared_load_wavefronts", "shared_store_wavefronts"),
+            exponentials=workload.copies * workload.exponentials if again else 0,
+        )
+
+
+class Launch(NamedTuple):
+    """How a kernel was started."""
+
+    threads: int
+    dynamic_shared: int
+
+
+def missing() -> str | None:
+    """Why nothing can be counted here; None where it can."""
+    if _library.simt_missing is not None:
+        return _library.simt_missing
+    return None if shutil.which("nm") else "no nm here, which names the kernels: install binutils"
+
+
+def measured(workload: Workload) -> tuple[list[Counts], dict[str, Launch]]:
+    """Runs a workload forwards and backwards; its counts, and its kernels' launches by signature."""
+    from .. import _simt
+
+    launches: dict[str, Launch] = {}
+    counts = []
+
+    def finish(direction: str, fewest: int) -> None:
+        found = _simt.counters()
+        total = {
+            name: workload.copies * sum(counters[name] for counters in found.values())
+            for name in next(iter(found.values()))
+        }
+        counts.append(Counts(workload, direction, tuple(sorted(found)), total, workload.copies * fewest))
+        for place, threads, shared in _simt.launched():
+            launches[signature(_symbols()[place])] = Launch(threads, shared)
+        _simt.reset_counters()
+
+    torch.manual_seed(0)
+    inputs = workload.inputs()
+    leaves = [t.requires_grad_() for t in inputs.values() if t.is_floating_point()]
+    _simt.reset_counters()
+    _simt.set_counting(True)
+    try:
+        with dispatch.backend("simt"):
+            result = workload.call(**inputs)
+            in_and_out = sum(t.nbytes for t in inputs.values()) + result.nbytes
+            finish("forward", in_and_out + workload.saved)
+            gradients = torch.autograd.grad(result, leaves, torch.randn_like(result))
+            written = result.nbytes + sum(t.nbytes for t in gradients)
+            # What the gradient needs: the result (softmax), or the inputs as well (attention).
+            read = result.nbytes if not workload.recomputes else in_and_out + workload.saved
+            finish("backward", read + written)
+    finally:
+        _simt.set_counting(False)
+    return counts, launches
+
+
+@functools.cache
+def _symbols() -> dict[int, str]:
+    """Every function of the SIMT device's module, by its address there."""
+    from .. import _simt
+
+    listed = subprocess.run(["nm", "--defined-only", _simt.__file__], capture_output=True, text=True, check=True)
+    lines = (line.split(maxsplit=2) for line in listed.stdout.splitlines())
+    return {int(place, 16): symbol for place, _, symbol in lines}
+
+
+def _softmax(rows: int, size: int, inner: int, copies: int, dtype: torch.dtype) -> Workload:
+    shape = (rows, size, inner) if inner > 1 else (rows, size)
+    whole = "x".join(str(n) for n in (rows * copies, *shape[1:]))
+    return Workload(
+        op="softmax",
+        name=whole + (" over 1" if inner > 1 else ""),
+        dtype=dtype,
+        copies=copies,
+        inputs=lambda: {"x": torch.randn(shape, dtype=dtype)},
+        call=lambda x: functional.softmax(x, 1),
+        exponentials=rows * size * inner,
+    )
+
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _softmax_workloads() -> Iterator[Workload]:
+    for dtype in DTYPES:
+        yield _softmax(8, 128, 1, 16384, dtype)
+        yield _softmax(8, 1024, 1, 8192, dtype)
+        yield _softmax(4, 8192, 1, 2048, dtype)
+        yield _softmax(2, 256, 64, 512, dtype)
+        yield _softmax(8, 131, 1, 16384, dtype)  # rows that no 16 bytes divide
+        yield _softmax(8, 1001, 1, 8192, dtype)
+        yield _softmax(4, 8193, 1, 2048, dtype)
+
+
+def workloads() -> list[Workload]:
+    """Every stated shape; together they launch every kernel."""
+    return [*_softmax_workloads()]

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 import itertools
+import math
 import os
 import pickle
 import subprocess
@@ -500,3 +501,16 @@ def test_sizes_past_two_to_the_31_on_meta():
         functional.conv2d(x, weight, stride=0)
     with pytest.raises(ValueError, match="kernel"):
         functional.conv2d(x, weight, dilation=1 << 31)
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan, 3e38])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_an_infinite_source_spoils_what_sees_it_alone(bad, memory_format):
+    """Winograd's transforms would spread it over a tile, and overflow near the largest number."""
+    x = torch.randn(2, 32, 20, 20)
+    x[1, 5, 7, 9] = bad
+    weight = (torch.randn(40, 32, 3, 3) / 17).to(memory_format=memory_format)
+    x = x.to(memory_format=memory_format)
+    torch.testing.assert_close(
+        functional.conv2d(x, weight), torch.nn.functional.conv2d(x, weight), equal_nan=True, rtol=1e-5, atol=1e-5
+    )

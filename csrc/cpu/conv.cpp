@@ -41,37 +41,6 @@ void tile(int rows, const T* const* row, const Run* runs, int64_t count, const T
   with_count<kTileRows, 2>(rows, [&](auto n) { tile_of<T, n.value, kVectors>(row, runs, count, panel, sums); });
 }
 
-// Packs the phase's taps of one group's weight, [panel][tap][source channel][column].
-template <class T, class S>
-void pack_weight(const Phase& phase, const S* weight, T* packed) {
-  const int64_t panels = panel_count<T>(phase.channels), inner = phase.source_channels;
-  const int64_t* strides = phase.p.shape.weight_strides + 2;
-  parallel(panels, kGrain / (phase.depth() * kTileCols<T> + 1) + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t panel = begin; panel < end; ++panel) {
-      const int64_t first = panel * kTileCols<T>;
-      const int vectors = panel_vectors<T>(phase.channels, first);
-      const int columns = static_cast<int>(at_most(vectors * kLanes<T>, phase.channels - first));
-      T* to = packed + first * phase.depth();
-      for (int64_t d = 0; d < phase.axes[0].taps; ++d) {
-        for (int64_t h = 0; h < phase.axes[1].taps; ++h) {
-          for (int64_t w = 0; w < phase.axes[2].taps; ++w, to += inner * vectors * kLanes<T>) {
-            const int64_t at[3] = {d, h, w};
-            const S* from = weight + first * phase.result_stride;
-            for (int i = 0; i < 3; ++i) {
-              from += (phase.axes[i].tap + at[i] * phase.axes[i].tap_step) * strides[i];
-            }
-            if (vectors == kTileVectors) {
-              pack_panel<T, kTileCols<T>>(from, phase.result_stride, phase.source_stride, columns, inner, to);
-            } else {
-              pack_panel<T, kLanes<T>>(from, phase.result_stride, phase.source_stride, columns, inner, to);
-            }
-          }
-        }
-      }
-    }
-  });
-}
-
 // One block: stages it, then panel after panel of the weight, tile after tile.
 template <class T, class S>
 void compute(const Phase& phase, const Block& block, int64_t image, int64_t group, const T* packed, int64_t panel_begin,
@@ -147,10 +116,19 @@ void gather(const Phase& phase, int64_t repeat, int64_t passes) {
   if (phase.positions() == 0) return;
   const ConvShape& s = phase.p.shape;
   if (s.groups > 1 && s.in_channels == 1) return depthwise_gather(phase, repeat, passes);
+  if (winograd_pays(phase)) return winograd_gather(phase);
   with_storage(s.dtype, [&](auto kind) { gather_blocks<Compute<decltype(kind)>, decltype(kind)>(phase); });
 }
 
 }  // namespace
+
+void gather_block(const Phase& phase, const Block& block, int64_t image, int64_t group, const void* packed,
+                  int64_t panel) {
+  with_storage(phase.p.shape.dtype, [&](auto kind) {
+    using T = Compute<decltype(kind)>;
+    compute<T, decltype(kind)>(phase, block, image, group, static_cast<const T*>(packed), panel, panel + 1);
+  });
+}
 
 void conv_forward(const ConvGather& p) {
   const ConvShape& s = p.shape;

@@ -10,6 +10,7 @@
 namespace fastnets::FASTNETS_ISA {
 
 constexpr int kWeightSlot = 0, kStageSlot = 1, kSumSlot = 2, kRunSlot = 3, kGradSlot = 4;  // scratch memory
+constexpr int kTransformSlot = 5;
 constexpr int64_t kStageBytes = 256 << 10;  // of a staged block: with a panel of the weight, in the second-level cache
 constexpr int64_t kGrain = 1 << 17;         // multiply-adds worth waking a thread for
 
@@ -256,6 +257,37 @@ struct Phase {
   int64_t positions() const { return axes[0].count * axes[1].count * axes[2].count; }
 };
 
+// Packs the phase's taps of one group's weight, [panel][tap][source channel][column].
+template <class T, class S>
+void pack_weight(const Phase& phase, const S* weight, T* packed) {
+  const int64_t panels = panel_count<T>(phase.channels), inner = phase.source_channels;
+  const int64_t* strides = phase.p.shape.weight_strides + 2;
+  parallel(panels, kGrain / (phase.depth() * kTileCols<T> + 1) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t panel = begin; panel < end; ++panel) {
+      const int64_t first = panel * kTileCols<T>;
+      const int vectors = panel_vectors<T>(phase.channels, first);
+      const int columns = static_cast<int>(at_most(vectors * kLanes<T>, phase.channels - first));
+      T* to = packed + first * phase.depth();
+      for (int64_t d = 0; d < phase.axes[0].taps; ++d) {
+        for (int64_t h = 0; h < phase.axes[1].taps; ++h) {
+          for (int64_t w = 0; w < phase.axes[2].taps; ++w, to += inner * vectors * kLanes<T>) {
+            const int64_t at[3] = {d, h, w};
+            const S* from = weight + first * phase.result_stride;
+            for (int i = 0; i < 3; ++i) {
+              from += (phase.axes[i].tap + at[i] * phase.axes[i].tap_step) * strides[i];
+            }
+            if (vectors == kTileVectors) {
+              pack_panel<T, kTileCols<T>>(from, phase.result_stride, phase.source_stride, columns, inner, to);
+            } else {
+              pack_panel<T, kLanes<T>>(from, phase.result_stride, phase.source_stride, columns, inner, to);
+            }
+          }
+        }
+      }
+    }
+  });
+}
+
 // Writes sums[pixels of the block][vectors * lanes] to the result's channels from `first`, through the epilogue.
 template <class T, class S>
 struct Finish {
@@ -351,6 +383,14 @@ struct Finish {
     });
   }
 };
+
+// One block and one panel of the weight, which pack_weight packed for the group.
+void gather_block(const Phase& phase, const Block& block, int64_t image, int64_t group, const void* packed,
+                  int64_t panel);
+
+// The gather by Winograd's algorithm, where it pays.
+bool winograd_pays(const Phase& phase);
+void winograd_gather(const Phase& phase);
 
 // The gather where every result channel takes one source channel: with `passes` = 1 channel k takes k / repeat, else
 // channel c the sum of c * passes, c * passes + 1, ...

@@ -91,6 +91,17 @@ def _row(x: Sequence[int], weight: Sequence[int], **more) -> list[Case]:
 CASES = [
     *_both("2x5x9x7 -> 6, 3x3", (2, 5, 9, 7), (6, 5, 3, 3)),
     *_both("3x32x17x15 -> 70, 3x3, padding 1", (3, 32, 17, 15), (70, 32, 3, 3), padding=1),
+    *_both(
+        "4x40x13x22 -> 70, 3x3, 2 groups, gelu, residual",
+        *((4, 40, 13, 22), (70, 20, 3, 3)),
+        padding=2,
+        groups=2,
+        activation="gelu",
+        residual=True,
+    ),
+    *_both("1x16x9x230 -> 17, 3x3", (1, 16, 9, 230), (17, 16, 3, 3)),
+    *_both("2x17x3x12x9 -> 20, 1x3x3", (2, 17, 3, 12, 9), (20, 17, 1, 3, 3), padding=(0, 1, 1)),
+    *_both("2x72x18x8 -> 40, 3x3, transposed", (2, 72, 18, 8), (72, 40, 3, 3), transposed=True, padding=1),
     *_both("2x3x23x21 -> 33, 7x7, stride 2", (2, 3, 23, 21), (33, 3, 7, 7), stride=2, padding=3),
     *_both("2x64x9x11 -> 48, 1x1", (2, 64, 9, 11), (48, 64, 1, 1)),
     *_both("2x16x13x12 -> 24, 1x1, stride 2", (2, 16, 13, 12), (24, 16, 1, 1), stride=2),

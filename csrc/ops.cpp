@@ -10,19 +10,22 @@
 STABLE_TORCH_LIBRARY(FASTNETS_LIBRARY, m) {
   // activation(conv + bias + residual). x[N, C, *], weight[K, C / groups, *kernel], `size` the result's, `padding` the
   // zeros before the first element (those behind the last follow from size), up to 3 spatial dimensions; x, residual
-  // and the result contiguous or, with channels_last, their channels innermost. activation: an index into
-  // fastnets.reference.conv.ACTIVATIONS. Returns the result and, with keep, the activation's input (else nothing).
+  // and the result contiguous or, with channels_last, their channels innermost. tf32: float32 products may be computed
+  // in TF32. activation: an index into fastnets.reference.conv.ACTIVATIONS. Returns the result and, with keep, the
+  // activation's input (else nothing).
   m.def(
       "conv_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, SymInt[] size, int[] stride, "
-      "int[] padding, int[] dilation, int groups, bool channels_last, int activation, bool keep) -> (Tensor, Tensor)");
+      "int[] padding, int[] dilation, int groups, bool channels_last, bool tf32, int activation, bool keep) -> "
+      "(Tensor, Tensor)");
   // The gradient in x, of spatial size `size`, from the result's; with an epilogue, the transposed convolution.
   m.def(
       "conv_grad_input(Tensor grad, Tensor weight, Tensor? bias, Tensor? residual, SymInt[] size, int[] stride, "
-      "int[] padding, int[] dilation, int groups, bool channels_last, int activation, bool keep) -> (Tensor, Tensor)");
+      "int[] padding, int[] dilation, int groups, bool channels_last, bool tf32, int activation, bool keep) -> "
+      "(Tensor, Tensor)");
   // The gradient in weight, of weight's shape and strides.
   m.def(
       "conv_grad_weight(Tensor grad, Tensor x, Tensor weight, int[] stride, int[] padding, int[] dilation, "
-      "int groups, bool channels_last) -> Tensor");
+      "int groups, bool channels_last, bool tf32) -> Tensor");
   // The gradient in the activation's input; saved: that input (gelu, silu) or its output (relu, sigmoid, tanh).
   m.def("conv_grad_epilogue(Tensor grad, Tensor saved, int activation) -> Tensor");
   // One recurrent layer in one direction over a whole sequence, as fastnets.reference.recurrent defines it: x[T, B, I],

@@ -43,6 +43,7 @@ enum class Activation : int { kNone, kRelu, kGelu, kSilu, kSigmoid, kTanh };
 struct ConvShape {
   Dtype dtype;
   bool channels_last;
+  bool tf32;                                                             // float32 products may be TF32's
   int64_t batch, groups, in_channels, out_channels;                      // channels of one group: C, K
   int64_t in[3], out[3], kernel[3], stride[3], padding[3], dilation[3];  // padding: before the first element
   int64_t weight_strides[5];                                             // K, C, kernel, in elements

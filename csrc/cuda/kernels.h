@@ -15,12 +15,20 @@ namespace cuda {
 void softmax_forward(const SoftmaxForward& p, Stream stream);
 void softmax_backward(const SoftmaxBackward& p, Stream stream);
 
-// Attention's workspace: so many bytes of the device's memory, aligned to 256; no bytes, no pointer.
+// A workspace is so many bytes of the device's memory, aligned to 256; no bytes, no pointer.
 size_t attention_workspace(const AttentionForward& p);
 void attention_forward(const AttentionForward& p, void* workspace, Stream stream);
 void attention_weights(const AttentionWeights& p, Stream stream);
 size_t attention_workspace(const AttentionBackward& p);
 void attention_backward(const AttentionBackward& p, void* workspace, Stream stream);
+
+size_t conv_forward_workspace(const ConvGather& p);
+void conv_forward(const ConvGather& p, void* workspace, Stream stream);
+size_t conv_grad_input_workspace(const ConvGather& p);
+void conv_grad_input(const ConvGather& p, void* workspace, Stream stream);
+size_t conv_grad_weight_workspace(const ConvGradWeight& p);
+void conv_grad_weight(const ConvGradWeight& p, void* workspace, Stream stream);
+void conv_grad_epilogue(const ConvGradEpilogue& p, Stream stream);
 
 }  // namespace cuda
 }  // namespace fastnets

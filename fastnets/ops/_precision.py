@@ -7,3 +7,9 @@ import torch
 def matmul_allows_tf32() -> bool:
     """Whether float32 products may be computed in TF32: torch.backends.cuda.matmul.fp32_precision, or allow_tf32."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+@torch.compiler.assume_constant_result
+def convolutions_allow_tf32() -> bool:
+    """Whether float32 convolutions may be computed in TF32: torch.backends.cudnn.conv.fp32_precision, or allow_tf32."""
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"

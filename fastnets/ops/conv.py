@@ -10,6 +10,7 @@ from .. import _library, dispatch
 from ..reference import conv as reference
 from . import _autocast, _autograd
 from ._checks import DtypeError, ShapeError, expect_tensor
+from ._precision import convolutions_allow_tf32
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 _FROM_INPUT = ("gelu", "silu")  # their derivative needs the activation's input; the others' its output
@@ -18,15 +19,15 @@ _FROM_INPUT = ("gelu", "silu")  # their derivative needs the activation's input;
 class _Conv(_autograd.Call):
     """Inputs: x, weight, bias, residual. `size`: the result's spatial size; `padding`: before the first element."""
 
-    def __init__(self, operators, transposed, channels_last, size, stride, padding, dilation, groups, activation):
-        self.operators, self.transposed, self.channels_last = operators, transposed, channels_last
+    def __init__(self, operators, transposed, channels_last, tf32, size, stride, padding, dilation, groups, activation):
+        self.operators, self.transposed, self.channels_last, self.tf32 = operators, transposed, channels_last, tf32
         self.size, self.stride, self.padding, self.dilation, self.groups = size, stride, padding, dilation, groups
         self.activation = activation
         self.saves_outputs = activation is not None
 
     @property
     def options(self) -> tuple:
-        return self.stride, self.padding, self.dilation, self.groups, self.channels_last
+        return self.stride, self.padding, self.dilation, self.groups, self.channels_last, self.tf32
 
     def forward(self, x, weight, bias, residual):
         operator = self.operators.conv_grad_input if self.transposed else self.operators.conv_forward
@@ -159,7 +160,8 @@ def _run(implementation, dims, x, weight, bias, residual, transposed, *options) 
     if unbatched:
         x, residual = x.unsqueeze(0), None if residual is None else residual.unsqueeze(0)
     channels_last = _is_channels_last(x) or _is_channels_last(weight)
-    call = _Conv(implementation.operators, transposed, channels_last, *options)
+    tf32 = x.dtype == torch.float32 and convolutions_allow_tf32()
+    call = _Conv(implementation.operators, transposed, channels_last, tf32, *options)
     call.keep = call.activation in _FROM_INPUT and torch.is_grad_enabled()
     residual = None if residual is None else _formatted(residual, channels_last)
     y = _autograd.run(call, _formatted(x, channels_last), weight, bias, residual)[0]
@@ -317,17 +319,17 @@ def _expect_residual(residual: Tensor | None, shape: tuple[int, ...]) -> None:
 if _library.missing is None:
 
     @torch.library.register_fake("fastnets::conv_forward")
-    def _(x, weight, bias, residual, size, stride, padding, dilation, groups, channels_last, activation, keep):
+    def _(x, weight, bias, residual, size, stride, padding, dilation, groups, channels_last, tf32, activation, keep):
         y = _new(x, (x.shape[0], weight.shape[0], *size), channels_last)
         return y, torch.empty_like(y) if keep else x.new_empty((0,))
 
     @torch.library.register_fake("fastnets::conv_grad_input")
-    def _(grad, weight, bias, residual, size, stride, padding, dilation, groups, channels_last, activation, keep):
+    def _(grad, weight, bias, residual, size, stride, padding, dilation, groups, channels_last, tf32, activation, keep):
         y = _new(grad, (grad.shape[0], weight.shape[1] * groups, *size), channels_last)
         return y, torch.empty_like(y) if keep else grad.new_empty((0,))
 
     @torch.library.register_fake("fastnets::conv_grad_weight")
-    def _(grad, x, weight, stride, padding, dilation, groups, channels_last):
+    def _(grad, x, weight, stride, padding, dilation, groups, channels_last, tf32):
         return torch.empty_like(weight)
 
     @torch.library.register_fake("fastnets::conv_grad_epilogue")

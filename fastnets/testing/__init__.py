@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import dispatch
 
-__all__ = ["FAMILIES", "Case", "Outcome", "check", "operator_table", "poisoned_memory", "tolerances"]
+__all__ = ["FAMILIES", "Case", "Outcome", "check", "full_precision", "operator_table", "poisoned_memory", "tolerances"]
 
 FAMILIES = ("conv", "recurrent", "attention", "softmax")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -88,6 +88,20 @@ def poisoned_memory() -> Iterator[None]:
         torch.use_deterministic_algorithms(former[0], warn_only=former[1])
 
 
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """float32 products are float32's, PyTorch's on a GPU as ours."""
+    switches = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    former = [switch.fp32_precision for switch in switches]
+    for switch in switches:
+        switch.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for switch, precision in zip(switches, former, strict=True):
+            switch.fp32_precision = precision
+
+
 def tolerances(measure: Tensor, truth: Tensor, dtype: torch.dtype) -> tuple[float, float]:
     """The largest admissible (root mean square, maximum) error, from PyTorch's own error `measure` against `truth`."""
     floor = torch.finfo(dtype).eps * _largest(truth)
@@ -105,7 +119,7 @@ def check(case: Case, dtype: torch.dtype, backend: str, *, seed: int = 0) -> Out
     # For float64 itself nothing truer is at hand: PyTorch's float32 error, scaled by the ratio of the two epsilons.
     measured_in = torch.float32 if dtype == torch.float64 else dtype
     peer = case.peer or case.function
-    with poisoned_memory(), warnings.catch_warnings():
+    with poisoned_memory(), full_precision(), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # PyTorch's, of its own slow or odd cases
         with dispatch.backend(backend):
             ours = _run(case, case.function, drawn, dtype, dtype, device, seed)

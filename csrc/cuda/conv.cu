@@ -1,0 +1,378 @@
+// Convolution forwards, and backwards to its input: implicit GEMM. Rows are the pixels of the results, columns their
+// channels, the depth runs over taps and, in each, over the source's channels in chunks of 16 bytes. A thread copies
+// the same chunk of the depth for several rows, so that what a tap adds to a row's place is found once for all of them.
+#include "conv_output.h"
+
+namespace fastnets::cuda {
+namespace {
+
+// One phase: results whose taps are the same (see conv_axis.h), in images of one launch.
+struct Gather {
+  const void* source;  // Operand
+  const void* weight;  // [groups, columns, chunks], zeros where channels end
+  Output output;
+  Partial partial;  // where splits > 1
+  int chunks, steps, tiles_m, tiles_n;
+  Divisor tap_chunks;   // chunks of a tap
+  Coordinates taps;     // of a tap
+  Coordinates results;  // of a pixel in the phase
+  int extent[3], pull[3], offset[3], tap_step[3];
+  int64_t image, group, pixel[3];  // strides of the source
+};
+
+template <class C, class S>
+class GatherCopy {
+  using T = typename C::Storage;
+  static constexpr int kChunks = kStageBytes / 16, kStep = S::kThreads / kChunks;
+  static constexpr int kRowsA = S::kM / kStep, kRowsB = S::kN / kStep;
+  static_assert(S::kM % kStep == 0 && S::kN % kStep == 0);
+
+ public:
+  using A = Tile<T, S::kM, kStageDepth<T>>;
+  using B = Tile<T, S::kN, kStageDepth<T>>;
+
+  __device__ __forceinline__ GatherCopy(const Gather& p, int row, int column, int group) : p_(p) {
+    source_ = static_cast<const T*>(p.source) + group * p.group;
+#pragma unroll
+    for (int i = 0; i < kRowsA; ++i) {
+      int m = row + line() + i * kStep;
+      int64_t place = 0;
+      if (m < p.output.rows) {
+        place = p.output.positions.divide(m) * p.image;
+        p.results(m, at_[i]);
+#pragma unroll
+        for (int d = 0; d < 3; ++d) {
+          at_[i][d] = at_[i][d] * p.pull[d] + p.offset[d];
+          place += at_[i][d] * p.pixel[d];
+        }
+      } else {
+        at_[i][0] = kNowhere;
+      }
+      place_[i] = place;
+    }
+    column_ = column + line();
+    weight_ = static_cast<const T*>(p.weight) +
+              (static_cast<int64_t>(group) * p.output.columns + column_) * p.chunks * kChunk<T>;
+  }
+
+  // Starts to copy the step's part of the depth.
+  __device__ __forceinline__ void operator()(int step, A a, B b) const {
+    const int chunk = step * kChunks + place();
+    const bool within = chunk < p_.chunks;
+    int in_tap = chunk, by[3];
+    p_.taps(p_.tap_chunks.divide(in_tap), by);
+    int64_t moved = in_tap * kChunk<T>;
+#pragma unroll
+    for (int d = 0; d < 3; ++d) {
+      by[d] *= p_.tap_step[d];
+      moved += by[d] * p_.pixel[d];
+    }
+#pragma unroll
+    for (int i = 0; i < kRowsA; ++i) {
+      bool inside = within;
+#pragma unroll
+      for (int d = 0; d < 3; ++d) {
+        inside = inside && static_cast<unsigned>(at_[i][d] + by[d]) < static_cast<unsigned>(p_.extent[d]);
+      }
+      copy_async<16>(a.at(line() + i * kStep, place() * kChunk<T>), inside ? source_ + place_[i] + moved : source_,
+                     inside ? 16 : 0);
+    }
+#pragma unroll
+    for (int i = 0; i < kRowsB; ++i) {
+      const bool inside = within && column_ + i * kStep < p_.output.columns;
+      const int64_t by_rows = (static_cast<int64_t>(i) * kStep * p_.chunks + chunk) * kChunk<T>;
+      copy_async<16>(b.at(line() + i * kStep, place() * kChunk<T>),
+                     inside ? weight_ + by_rows : static_cast<const T*>(p_.weight), inside ? 16 : 0);
+    }
+  }
+
+ private:
+  static constexpr int kNowhere = -(1 << 30);  // no tap leads from here into the source
+
+  static __device__ __forceinline__ int line() { return static_cast<int>(threadIdx.x) / kChunks; }
+  static __device__ __forceinline__ int place() { return static_cast<int>(threadIdx.x) % kChunks; }
+
+  const Gather& p_;
+  const T *source_, *weight_;
+  int at_[kRowsA][3], column_;
+  int64_t place_[kRowsA];
+};
+
+template <class C, class S>
+constexpr int kGatherBytes =
+    std::max(S::kStages * (S::kM + S::kN) * kStageBytes, Finish<typename C::Storage, S>::kBytes);
+
+template <class C, class S>
+__global__ void __launch_bounds__(S::kThreads, S::kBlocks) conv_gather(Gather p) {
+  using T = typename C::Storage;
+  using Copy = GatherCopy<C, S>;
+  using A = typename Copy::A;
+  using B = typename Copy::B;
+  DYNAMIC_SHARED(shared);
+  const auto a_of = [&](int stage) { return A(shared + stage % S::kStages * (A::kBytes + B::kBytes)); };
+  const auto b_of = [&](int stage) { return B(a_of(stage).data + A::kBytes); };
+
+  // Neighbouring blocks share rows: the source is the larger operand.
+  int rest = blockIdx.x;
+  const int column = rest % p.tiles_n * S::kN;
+  rest /= p.tiles_n;
+  const int row = rest % p.tiles_m * S::kM;
+  rest /= p.tiles_m;
+  const int split = rest % p.partial.splits, group = rest / p.partial.splits;
+  const int begin = static_cast<int>(static_cast<int64_t>(p.steps) * split / p.partial.splits);
+  const int end = static_cast<int>(static_cast<int64_t>(p.steps) * (split + 1) / p.partial.splits);
+
+  Sums<C, S> sums;
+  {
+    const Copy copy(p, row, column, group);
+    const Reader<C, A, Side::kA> read_a;
+    const Reader<C, B, Side::kB> read_b;
+#pragma unroll
+    for (int stage = 0; stage < S::kStages - 1; ++stage) {
+      if (begin + stage < end) copy(begin + stage, a_of(stage), b_of(stage));
+      copy_async_commit();
+    }
+#pragma unroll 1
+    for (int step = begin, stage = 0; step < end; ++step, ++stage) {
+      copy_async_wait<S::kStages - 2>();
+      __syncthreads();  // this stage is here, and nobody reads the one before it any more
+      const int ahead = stage + S::kStages - 1;
+      if (begin + ahead < end) copy(begin + ahead, a_of(ahead), b_of(ahead));
+      copy_async_commit();
+      const A a = a_of(stage);
+      const B b = b_of(stage);
+      sums.template multiply<kStageDepth<T>>([&](int r, int k) { return read_a(a, r, k); },
+                                             [&](int c, int k) { return read_b(b, c, k); });
+    }
+  }
+  if (p.partial.splits > 1) {
+    sums.pairs([&](int r, int c, const Vector<float, 2>& pair) {
+      if (row + r < p.partial.rows && column + c < p.partial.pitch) {
+        store_global(p.partial.row(split, group, row + r) + column + c, pair);
+      }
+    });
+    return;
+  }
+  __syncthreads();  // the stages' memory becomes the tile's
+  const Finish<T, S> finish(p.output, shared, row, column, group);
+  sums.pairs([&](int r, int c, const Vector<float, 2>& pair) { finish.put(r, c, pair); });
+  finish();
+}
+
+using Gathered = Shape<32, 64, 1, 4, 1, 1>;  // of a block that adds shares: small, for they are many where results few
+
+// Adds the shares and finishes.
+template <class T>
+__global__ void __launch_bounds__(Gathered::kThreads) conv_gather_shares(Gather p) {
+  using S = Gathered;
+  SHARED_ARRAY(unsigned char, shared, (Finish<T, S>::kBytes));
+  int rest = blockIdx.x;
+  const int column = rest % p.tiles_n * S::kN;
+  rest /= p.tiles_n;
+  const int row = rest % p.tiles_m * S::kM, group = rest / p.tiles_m;
+  const Finish<T, S> finish(p.output, shared, row, column, group);
+  for (int i = threadIdx.x * 4; i < S::kM * S::kN; i += S::kThreads * 4) {
+    const int r = i / S::kN, c = i % S::kN;
+    if (row + r < p.partial.rows && column + c < p.partial.pitch) {
+      finish.put(r, c, p.partial.sum(group, row + r, column + c));
+    }
+  }
+  finish();
+}
+
+// A phase as the host sees it.
+struct Phase {
+  Axis axes[3];
+  int64_t source_channels, channels;     // of one group, of the source and of the result
+  int64_t source_stride, result_stride;  // of the weight
+  const int64_t *source_sizes, *result_sizes;
+
+  int64_t taps() const { return axes[0].taps * axes[1].taps * axes[2].taps; }
+  int64_t positions() const { return axes[0].count * axes[1].count * axes[2].count; }
+};
+
+// The phase's taps of the weight, [groups, channels, taps, source channels padded].
+template <class T>
+const void* weight_of(const Phase& phase, const ConvGather& p, Workspace& workspace, Stream stream) {
+  const ConvShape& s = p.shape;
+  const int64_t width = padded<T>(phase.source_channels), taps = phase.taps(), *strides = s.weight_strides;
+  int64_t step[3], first = 0, dense = width;
+  bool ready =
+      width == phase.source_channels && reinterpret_cast<uintptr_t>(p.weight) % 16 == 0 && phase.source_stride == 1;
+  for (int d = 2; d >= 0; --d) {
+    step[d] = phase.axes[d].tap_step * strides[2 + d];
+    first += phase.axes[d].tap * strides[2 + d];
+    ready = ready && (phase.axes[d].taps == 1 || step[d] == dense);
+    dense *= phase.axes[d].taps;
+  }
+  ready = ready && first == 0 && phase.result_stride == dense &&
+          (s.groups == 1 || s.out_channels * strides[0] == phase.channels * dense);
+  if (ready) return p.weight;
+  void* const memory = workspace.take(s.groups * phase.channels * taps * width * sizeof(T));
+  if (workspace.counts() || taps == 0) return memory;
+  Layout q{};
+  q.from = static_cast<const T*>(p.weight) + first, q.to = memory;
+  q.outer = to_int(s.groups, "groups"), q.inner = to_int(phase.channels, "channels"), q.pixels = to_int(taps, "taps");
+  q.channels = static_cast<int>(phase.source_channels), q.padded = static_cast<int>(width);
+  q.from_outer = s.out_channels * strides[0], q.from_inner = phase.result_stride;
+  q.from_channel = phase.source_stride;
+  for (int d = 0; d < 3; ++d) q.from_pixel[d] = step[d];
+  q.to_outer = phase.channels * taps * width, q.to_inner = taps * width, q.to_pixel = width;
+  q.at = Coordinates(static_cast<int>(phase.axes[1].taps), static_cast<int>(phase.axes[2].taps));
+  q.channels_first = phase.source_stride <= strides[4];
+  arrange(s.dtype, q, stream);
+  return memory;
+}
+
+Output output_of(const Phase& phase, const ConvGather& p, size_t size) {
+  const ConvShape& s = p.shape;
+  const Strides strides = strides_of(s.channels_last, s.groups * phase.channels, phase.result_sizes);
+  const int64_t pixels = phase.result_sizes[0] * phase.result_sizes[1] * phase.result_sizes[2];
+  Output o{};
+  o.result = p.result, o.kept = p.kept, o.residual = p.residual, o.bias = p.bias, o.activation = p.activation;
+  o.columns = static_cast<int>(phase.channels);
+  o.innermost = s.channels_last || pixels == 1;
+  o.positions = Divisor(to_int(phase.positions(), "positions in an image"));
+  o.at = Coordinates(static_cast<int>(phase.axes[1].count), static_cast<int>(phase.axes[2].count));
+  o.image = s.groups * phase.channels * pixels;
+  o.group = phase.channels * strides.channel, o.channel = strides.channel;
+  for (int d = 0; d < 3; ++d) {
+    o.first += phase.axes[d].first * strides.at[d];
+    o.step[d] = phase.axes[d].step * strides.at[d];
+  }
+  uint64_t bits = 0;
+  for (const void* tensor : {static_cast<const void*>(p.result), static_cast<const void*>(p.kept), p.residual}) {
+    bits |= reinterpret_cast<uintptr_t>(tensor);
+  }
+  const bool dense = phase.positions() == pixels;
+  o.wide = bits % (4 * size) == 0 && (o.innermost ? phase.channels % 4 == 0 : dense && pixels % 4 == 0);
+  return o;
+}
+
+template <class C, class S>
+void launch_gather(Gather& g, int splits, const char* name, Stream stream) {
+  using T = typename C::Storage;
+  const int64_t blocks = int64_t{g.tiles_m} * g.tiles_n * g.partial.groups * splits;
+  launch({name, static_cast<unsigned>(to_int(blocks, "blocks")), S::kThreads, stream, kGatherBytes<C, S>},
+         conv_gather<C, S>, g);
+  if (splits == 1) return;
+  g.tiles_m = (g.output.rows + Gathered::kM - 1) / Gathered::kM;
+  g.tiles_n = (g.output.columns + Gathered::kN - 1) / Gathered::kN;
+  launch({"conv_gather_shares", static_cast<unsigned>(int64_t{g.tiles_m} * g.tiles_n * g.partial.groups),
+          Gathered::kThreads, stream},
+         conv_gather_shares<T>, g);
+}
+
+template <class C>
+void gather(const Phase& phase, const ConvGather& p, const Operand<typename C::Storage>& source, Workspace& workspace,
+            const char* name, Stream stream) {
+  using T = typename C::Storage;
+  if (phase.positions() == 0) return;
+  const ConvShape& s = p.shape;
+  Gather g{};
+  g.source = source.data;
+  g.weight = weight_of<T>(phase, p, workspace, stream);
+  g.output = output_of(phase, p, sizeof(T));
+  const int tap_chunks = source.channels / kChunk<T>;
+  g.chunks = to_int(phase.taps() * tap_chunks, "elements that make one result");
+  constexpr int kChunks = kStageBytes / 16;
+  g.steps = (g.chunks + kChunks - 1) / kChunks;
+  g.tap_chunks = Divisor(std::max(tap_chunks, 1));
+  g.taps = Coordinates(static_cast<int>(phase.axes[1].taps), static_cast<int>(phase.axes[2].taps));
+  g.results = g.output.at;
+  const Strides strides = strides_of(true, source.pixel, phase.source_sizes);
+  for (int d = 0; d < 3; ++d) {
+    const Axis& axis = phase.axes[d];
+    // Positions beyond the source on either side count, too.
+    if (std::max(axis.extent, axis.count * axis.pull) + axis.span() - std::min<int64_t>(axis.offset, 0) >= kLimit / 4) {
+      throw std::invalid_argument("the CUDA convolution takes fewer than 2^29 positions along a dimension");
+    }
+    g.extent[d] = static_cast<int>(axis.extent), g.pull[d] = static_cast<int>(axis.pull);
+    g.offset[d] = static_cast<int>(axis.offset), g.tap_step[d] = static_cast<int>(axis.offset_step);
+    g.pixel[d] = strides.at[d];
+  }
+  g.image = source.image, g.group = source.channels;
+
+  // As many images a launch as 32 bits can number the pixels of.
+  const int64_t together = std::min(s.batch, (kLimit - 1) / phase.positions());
+  for (int64_t image = 0; image < s.batch; image += together) {
+    const int64_t rows = std::min(together, s.batch - image) * phase.positions();
+    with_shape(rows, phase.channels, s.groups, [&](auto shape) {
+      using S = decltype(shape);
+      g.tiles_m = static_cast<int>((rows + S::kM - 1) / S::kM);
+      g.tiles_n = static_cast<int>((phase.channels + S::kN - 1) / S::kN);
+      const int groups = to_int(s.groups, "groups");
+      const int splits = splits_for(int64_t{g.tiles_m} * g.tiles_n * groups, g.steps);
+      g.output.rows = static_cast<int>(rows);
+      g.partial = {nullptr, 1, groups, static_cast<int>(rows), g.output.columns, 0};
+      if (splits > 1) g.partial = Partial::take(workspace, splits, groups, static_cast<int>(rows), g.output.columns);
+      if (!workspace.counts()) launch_gather<C, S>(g, splits, name, stream);
+    });
+    g.source = static_cast<const T*>(g.source) + together * g.image;
+    g.output.first += together * g.output.image;
+  }
+}
+
+void forward(const ConvGather& p, Workspace& workspace, Stream stream) {
+  const ConvShape& s = p.shape;
+  const Phase phase{{forward_axis(s, 0), forward_axis(s, 1), forward_axis(s, 2)},
+                    s.in_channels,
+                    s.out_channels,
+                    s.weight_strides[1],
+                    s.weight_strides[0],
+                    s.in,
+                    s.out};
+  with_arithmetic(s.dtype, s.tf32, [&](auto arithmetic) {
+    using C = decltype(arithmetic);
+    const auto source = operand_of<typename C::Storage>(p.source, s, s.in_channels, s.in, workspace, stream);
+    gather<C>(phase, p, source, workspace, "conv_forward", stream);
+  });
+}
+
+void grad_input(const ConvGather& p, Workspace& workspace, Stream stream) {
+  const ConvShape& s = p.shape;
+  with_arithmetic(s.dtype, s.tf32, [&](auto arithmetic) {
+    using C = decltype(arithmetic);
+    const auto source = operand_of<typename C::Storage>(p.source, s, s.out_channels, s.out, workspace, stream);
+    for (int64_t d = 0; d < std::min(s.stride[0], s.in[0]); ++d) {
+      for (int64_t h = 0; h < std::min(s.stride[1], s.in[1]); ++h) {
+        for (int64_t w = 0; w < std::min(s.stride[2], s.in[2]); ++w) {
+          const Phase phase{{grad_input_axis(s, 0, d), grad_input_axis(s, 1, h), grad_input_axis(s, 2, w)},
+                            s.out_channels,
+                            s.in_channels,
+                            s.weight_strides[0],
+                            s.weight_strides[1],
+                            s.out,
+                            s.in};
+          gather<C>(phase, p, source, workspace, "conv_grad_input", stream);
+        }
+      }
+    }
+  });
+}
+
+}  // namespace
+
+size_t conv_forward_workspace(const ConvGather& p) {
+  Workspace workspace;
+  forward(p, workspace, nullptr);
+  return workspace.taken();
+}
+
+void conv_forward(const ConvGather& p, void* memory, Stream stream) {
+  Workspace workspace(memory);
+  forward(p, workspace, stream);
+}
+
+size_t conv_grad_input_workspace(const ConvGather& p) {
+  Workspace workspace;
+  grad_input(p, workspace, nullptr);
+  return workspace.taken();
+}
+
+void conv_grad_input(const ConvGather& p, void* memory, Stream stream) {
+  Workspace workspace(memory);
+  grad_input(p, workspace, stream);
+}
+
+}  // namespace fastnets::cuda

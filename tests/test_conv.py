@@ -255,7 +255,7 @@ def test_opcheck():
         x, weight, residual = torch.randn(2, 4, 6, 5), torch.randn(6, 2, 3, 3), torch.randn(2, 6, 3, 3)
         if channels_last:
             x, weight, residual = innermost(x), innermost(weight), innermost(residual)
-        geometry = [2, 2], [1, 1], [1, 1], 2, channels_last
+        geometry = [2, 2], [1, 1], [1, 1], 2, channels_last, False
         bias = torch.randn(6)
         epilogue = activation, activation > 0
         torch.library.opcheck(ops.conv_forward, (x, weight, bias, residual, [3, 3], *geometry, *epilogue))

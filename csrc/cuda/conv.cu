@@ -99,8 +99,7 @@ class GatherCopy {
 };
 
 template <class C, class S>
-constexpr int kGatherBytes =
-    std::max(S::kStages * (S::kM + S::kN) * kStageBytes, Finish<typename C::Storage, S>::kBytes);
+constexpr int kGatherBytes = std::max(kProductBytes<S>, Finish<typename C::Storage, S>::kBytes);
 
 template <class C, class S>
 __global__ void __launch_bounds__(S::kThreads, S::kBlocks) conv_gather(Gather p) {
@@ -109,8 +108,6 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) conv_gather(Gather p)
   using A = typename Copy::A;
   using B = typename Copy::B;
   DYNAMIC_SHARED(shared);
-  const auto a_of = [&](int stage) { return A(shared + stage % S::kStages * (A::kBytes + B::kBytes)); };
-  const auto b_of = [&](int stage) { return B(a_of(stage).data + A::kBytes); };
 
   // Neighbouring blocks share rows: the source is the larger operand.
   int rest = blockIdx.x;
@@ -119,40 +116,17 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) conv_gather(Gather p)
   const int row = rest % p.tiles_m * S::kM;
   rest /= p.tiles_m;
   const int split = rest % p.partial.splits, group = rest / p.partial.splits;
-  const int begin = static_cast<int>(static_cast<int64_t>(p.steps) * split / p.partial.splits);
-  const int end = static_cast<int>(static_cast<int64_t>(p.steps) * (split + 1) / p.partial.splits);
 
   Sums<C, S> sums;
   {
     const Copy copy(p, row, column, group);
     const Reader<C, A, Side::kA> read_a;
     const Reader<C, B, Side::kB> read_b;
-#pragma unroll
-    for (int stage = 0; stage < S::kStages - 1; ++stage) {
-      if (begin + stage < end) copy(begin + stage, a_of(stage), b_of(stage));
-      copy_async_commit();
-    }
-#pragma unroll 1
-    for (int step = begin, stage = 0; step < end; ++step, ++stage) {
-      copy_async_wait<S::kStages - 2>();
-      __syncthreads();  // this stage is here, and nobody reads the one before it any more
-      const int ahead = stage + S::kStages - 1;
-      if (begin + ahead < end) copy(begin + ahead, a_of(ahead), b_of(ahead));
-      copy_async_commit();
-      const A a = a_of(stage);
-      const B b = b_of(stage);
-      sums.template multiply<kStageDepth<T>>([&](int r, int k) { return read_a(a, r, k); },
-                                             [&](int c, int k) { return read_b(b, c, k); });
-    }
+    sums.template accumulate<A, B>(
+        shared, share(p.steps, split, p.partial.splits), share(p.steps, split + 1, p.partial.splits), copy,
+        [&](A a, int r, int k) { return read_a(a, r, k); }, [&](B b, int c, int k) { return read_b(b, c, k); });
   }
-  if (p.partial.splits > 1) {
-    sums.pairs([&](int r, int c, const Vector<float, 2>& pair) {
-      if (row + r < p.partial.rows && column + c < p.partial.pitch) {
-        store_global(p.partial.row(split, group, row + r) + column + c, pair);
-      }
-    });
-    return;
-  }
+  if (p.partial.splits > 1) return sums.store(p.partial, split, group, row, column);
   __syncthreads();  // the stages' memory becomes the tile's
   const Finish<T, S> finish(p.output, shared, row, column, group);
   sums.pairs([&](int r, int c, const Vector<float, 2>& pair) { finish.put(r, c, pair); });
@@ -171,8 +145,9 @@ __global__ void __launch_bounds__(Gathered::kThreads) conv_gather_shares(Gather 
   rest /= p.tiles_n;
   const int row = rest % p.tiles_m * S::kM, group = rest / p.tiles_m;
   const Finish<T, S> finish(p.output, shared, row, column, group);
-  for (int i = threadIdx.x * 4; i < S::kM * S::kN; i += S::kThreads * 4) {
-    const int r = i / S::kN, c = i % S::kN;
+  // A warp takes two fours of 16 rows: whole sectors, and other banks, however the tile is laid out.
+  for (int i = threadIdx.x; i < S::kM * S::kN / 4; i += S::kThreads) {
+    const int r = i / 2 % S::kM, c = (i / 2 / S::kM * 2 + i % 2) * 4;
     if (row + r < p.partial.rows && column + c < p.partial.pitch) {
       finish.put(r, c, p.partial.sum(group, row + r, column + c));
     }
@@ -283,10 +258,7 @@ void gather(const Phase& phase, const ConvGather& p, const Operand<typename C::S
   const Strides strides = strides_of(true, source.pixel, phase.source_sizes);
   for (int d = 0; d < 3; ++d) {
     const Axis& axis = phase.axes[d];
-    // Positions beyond the source on either side count, too.
-    if (std::max(axis.extent, axis.count * axis.pull) + axis.span() - std::min<int64_t>(axis.offset, 0) >= kLimit / 4) {
-      throw std::invalid_argument("the CUDA convolution takes fewer than 2^29 positions along a dimension");
-    }
+    check_axis(axis);
     g.extent[d] = static_cast<int>(axis.extent), g.pull[d] = static_cast<int>(axis.pull);
     g.offset[d] = static_cast<int>(axis.offset), g.tap_step[d] = static_cast<int>(axis.offset_step);
     g.pixel[d] = strides.at[d];

@@ -21,6 +21,14 @@ inline int to_int(int64_t size, const char* what) {
   return static_cast<int>(size);
 }
 
+// Positions beyond the source on either side count, too.
+inline void check_axis(const Axis& axis) {
+  const int64_t last = std::max(axis.extent, axis.count * axis.pull) + axis.span();
+  if (last - std::min<int64_t>(axis.offset, 0) >= kLimit / 4) {
+    throw std::invalid_argument("the CUDA convolution takes fewer than 2^29 positions along a dimension");
+  }
+}
+
 // n / d of 0 <= n < 2^31 as a product: Granlund and Montgomery, "Division by invariant integers using multiplication",
 // PLDI 1994, figure 4.1.
 struct Divisor {
@@ -145,6 +153,10 @@ constexpr int kStageBytes = 128;  // of a row: all eight places of a swizzled ti
 template <class T>
 constexpr int kStageDepth = kStageBytes / static_cast<int>(sizeof(T));
 
+// The stages' shared memory.
+template <class S>
+constexpr int kProductBytes = S::kStages * (S::kM + S::kN) * kStageBytes;
+
 // The tile table. All entries fit the 99 KB of 8.6, 8.9 and 12.0; larger ones would gain bytes that the L2 cache
 // serves and lose the only ones that run everywhere. Loads of shared memory a product: (1 / warp rows + 1 / warp
 // columns), so 64 x 32 is 1.5 times as dense as 32 x 32.
@@ -173,6 +185,11 @@ inline int splits_for(int64_t blocks, int64_t steps) {
   return static_cast<int>(std::min((kBlocksWanted + blocks - 1) / blocks, steps / kLeast));
 }
 
+// Where share `index` of `count` begins.
+__device__ __forceinline__ int share(int steps, int index, int count) {
+  return static_cast<int>(int64_t{steps} * index / count);
+}
+
 // Calls f with the arithmetic that computes this dtype.
 template <class F>
 void with_arithmetic(Dtype dtype, bool tf32, F&& f) {
@@ -183,50 +200,6 @@ void with_arithmetic(Dtype dtype, bool tf32, F&& f) {
     default: throw std::invalid_argument("the CUDA kernels take float32, bfloat16 and float16");
   }
 }
-
-// The sums of a block's tile, a warp's part in registers.
-template <class C, class S>
-struct Sums {
-  static constexpr int kRows = S::kWarpM / 16, kColumns = S::kWarpN / 16;
-  float sums[kRows][kColumns][2][4] = {};
-
-  static __device__ __forceinline__ int row() { return static_cast<int>(threadIdx.x) / 32 / S::kWarpsN * S::kWarpM; }
-  static __device__ __forceinline__ int column() { return static_cast<int>(threadIdx.x) / 32 % S::kWarpsN * S::kWarpN; }
-
-  // += A B over one stage: rows of A's tile and columns of B's as the readers have them.
-  template <int Depth, class ReadA, class ReadB>
-  __device__ __forceinline__ void multiply(const ReadA& read_a, const ReadB& read_b) {
-#pragma unroll
-    for (int k = 0; k < Depth; k += kDepth<C>) {
-      Fragment<C> b[kColumns];
-#pragma unroll
-      for (int j = 0; j < kColumns; ++j) b[j] = read_b(column() + 16 * j, k);
-#pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        const Fragment<C> a = read_a(row() + 16 * i, k);
-#pragma unroll
-        for (int j = 0; j < kColumns; ++j) fastnets::multiply<C>(sums[i][j][0], sums[i][j][1], a, b[j]);
-      }
-    }
-  }
-
-  // Calls store(row, column, two sums) for every pair of neighbours in a row.
-  template <class F>
-  __device__ __forceinline__ void pairs(const F& store) const {
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-#pragma unroll
-      for (int j = 0; j < 2 * kColumns; ++j) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const float* const d = sums[i][j / 2][j % 2] + 2 * half;
-          store(row() + 16 * i + lane / 4 + 8 * half, column() + 8 * j + lane % 4 * 2, Vector<float, 2>{{d[0], d[1]}});
-        }
-      }
-    }
-  }
-};
 
 // The shares' sums of a product [rows, columns] of each group, [share][group][rows][pitch].
 struct Partial {
@@ -254,6 +227,84 @@ struct Partial {
       for (int e = 0; e < 4; ++e) total[e] += share[e];
     }
     return total;
+  }
+};
+
+// The sums of a block's tile, a warp's part in registers.
+template <class C, class S>
+struct Sums {
+  static constexpr int kRows = S::kWarpM / 16, kColumns = S::kWarpN / 16;
+  float sums[kRows][kColumns][2][4] = {};
+
+  static __device__ __forceinline__ int row() { return static_cast<int>(threadIdx.x) / 32 / S::kWarpsN * S::kWarpM; }
+  static __device__ __forceinline__ int column() { return static_cast<int>(threadIdx.x) / 32 % S::kWarpsN * S::kWarpN; }
+
+  // += A B over one stage.
+  template <class ReadA, class ReadB>
+  __device__ __forceinline__ void multiply(const ReadA& read_a, const ReadB& read_b) {
+#pragma unroll
+    for (int k = 0; k < kStageDepth<typename C::Storage>; k += kDepth<C>) {
+      Fragment<C> b[kColumns];
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) b[j] = read_b(column() + 16 * j, k);
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        const Fragment<C> a = read_a(row() + 16 * i, k);
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) fastnets::multiply<C>(sums[i][j][0], sums[i][j][1], a, b[j]);
+      }
+    }
+  }
+
+  // The product of steps [begin, end): copy(step, a, b) starts to bring a stage, read_a(a, row, depth) and read_b read
+  // it.
+  template <class A, class B, class Copy, class ReadA, class ReadB>
+  __device__ __forceinline__ void accumulate(unsigned char* shared, int begin, int end, const Copy& copy,
+                                             const ReadA& read_a, const ReadB& read_b) {
+    const auto a_of = [&](int stage) { return A(shared + stage % S::kStages * (A::kBytes + B::kBytes)); };
+    const auto b_of = [&](int stage) { return B(a_of(stage).data + A::kBytes); };
+    static_assert(A::kBytes + B::kBytes == kProductBytes<S> / S::kStages);
+#pragma unroll
+    for (int stage = 0; stage < S::kStages - 1; ++stage) {
+      if (begin + stage < end) copy(begin + stage, a_of(stage), b_of(stage));
+      copy_async_commit();
+    }
+#pragma unroll 1
+    for (int stage = 0; begin + stage < end; ++stage) {
+      copy_async_wait<S::kStages - 2>();
+      __syncthreads();  // this stage is here, and nobody reads the one before it any more
+      const int ahead = stage + S::kStages - 1;
+      if (begin + ahead < end) copy(begin + ahead, a_of(ahead), b_of(ahead));
+      copy_async_commit();
+      const A a = a_of(stage);
+      const B b = b_of(stage);
+      multiply([&](int row, int k) { return read_a(a, row, k); },
+               [&](int column, int k) { return read_b(b, column, k); });
+    }
+  }
+
+  // Stores a share.
+  __device__ __forceinline__ void store(const Partial& to, int split, int group, int row, int column) const {
+    pairs([&](int r, int c, const Vector<float, 2>& pair) {
+      if (row + r < to.rows && column + c < to.pitch) store_global(to.row(split, group, row + r) + column + c, pair);
+    });
+  }
+
+  // Calls store(row, column, two sums) for every pair of neighbours in a row.
+  template <class F>
+  __device__ __forceinline__ void pairs(const F& store) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+      for (int j = 0; j < 2 * kColumns; ++j) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float* const d = sums[i][j / 2][j % 2] + 2 * half;
+          store(row() + 16 * i + lane / 4 + 8 * half, column() + 8 * j + lane % 4 * 2, Vector<float, 2>{{d[0], d[1]}});
+        }
+      }
+    }
   }
 };
 

@@ -10,7 +10,7 @@ constexpr int kTile = 32, kThreads = 256;
 // A tile of kTile pixels by kTile channels a turn.
 template <class T>
 __global__ void __launch_bounds__(kThreads) conv_arrange(Layout p, int64_t tiles) {
-  constexpr int kPitch = kTile + 1;
+  constexpr int kPitch = kTile + 4 / static_cast<int>(sizeof(T));  // an odd number of banks
   SHARED_ARRAY(T, tile, kTile * kPitch);
   const int across = (p.padded + kTile - 1) / kTile, down = (p.pixels + kTile - 1) / kTile;
   for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x) {
@@ -18,21 +18,22 @@ __global__ void __launch_bounds__(kThreads) conv_arrange(Layout p, int64_t tiles
     const int64_t matrix = t / across / down, outer = matrix / p.inner, inner = matrix % p.inner;
     const T* const from = static_cast<const T*>(p.from) + outer * p.from_outer + inner * p.from_inner;
     T* const to = static_cast<T*>(p.to) + outer * p.to_outer + inner * p.to_inner;
-    for (int i = threadIdx.x; i < kTile * kTile; i += kThreads) {
-      const int major = i / kTile, minor = i % kTile;
-      const int y = p.channels_first ? major : minor, x = p.channels_first ? minor : major;
+    const int height = min(kTile, p.pixels - pixel), width = min(kTile, p.padded - channel);
+    const int given = min(kTile, p.channels - channel);
+    // Neighbouring threads take what lies side by side, also where a tile holds few of the faster dimension.
+    for (int i = threadIdx.x; i < height * given; i += kThreads) {
+      const int y = p.channels_first ? i / given : i % height, x = p.channels_first ? i % given : i / height;
       int at[3];
       p.at(pixel + y, at);
       const int64_t place =
           at[0] * p.from_pixel[0] + at[1] * p.from_pixel[1] + at[2] * p.from_pixel[2] + (channel + x) * p.from_channel;
-      const bool exists = pixel + y < p.pixels && channel + x < p.channels;
-      store_shared(&tile[y * kPitch + x], load_global_if<1>(exists, from + place)[0]);
+      store_shared(&tile[y * kPitch + x], load_global(from + place));
     }
     __syncthreads();
-    const int width = min(kTile, p.padded - channel), count = min(kTile, p.pixels - pixel) * width;
-    for (int i = threadIdx.x; i < count; i += kThreads) {
+    for (int i = threadIdx.x; i < height * width; i += kThreads) {
       const int y = i / width, x = i % width;
-      store_global(to + (pixel + y) * p.to_pixel + channel + x, load_shared(&tile[y * kPitch + x]));
+      const T value = x < given ? load_shared(&tile[y * kPitch + x]) : from_float<T>(0.0f);
+      store_global(to + (pixel + y) * p.to_pixel + channel + x, value);
     }
     __syncthreads();  // before the next turn writes
   }

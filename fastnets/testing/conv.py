@@ -10,7 +10,7 @@ from ..reference.conv import ACTIVATIONS
 from . import Case
 
 
-def _case(
+def conv_case(
     name: str,
     x: Sequence[int],
     weight: Sequence[int],
@@ -27,7 +27,7 @@ def _case(
     output_padding=0,
     **more,
 ) -> Case:
-    """x[N, C, *size], weight[K, C / groups, *kernel] (transposed: [C, K / groups, *kernel])."""
+    """A convolution of x[N, C, *size] with weight[K, C / groups, *kernel] (transposed: [C, K / groups, *kernel])."""
     dims = len(weight) - 2
     prefix = "conv_transpose" if transposed else "conv"
     ours, theirs = (getattr(module, f"{prefix}{dims}d") for module in (functional, torch.nn.functional))
@@ -77,7 +77,7 @@ def _case(
 
 def _both(name: str, *args, **more) -> list[Case]:
     """In either memory format."""
-    return [_case(name, *args, **more), _case(name, *args, **more, channels_last=True)]
+    return [conv_case(name, *args, **more), conv_case(name, *args, **more, channels_last=True)]
 
 
 def _row(x: Sequence[int], weight: Sequence[int], **more) -> list[Case]:
@@ -117,7 +117,7 @@ CASES = [
     *_both("3x20x31 -> 34, 5", (3, 20, 31), (34, 20, 5), padding=2),
     *_both("2x7x40 -> 12, 4, stride 3, dilation 2", (2, 7, 40), (12, 7, 4), stride=3, dilation=2),
     *_both("2x33x50, 4, depthwise", (2, 33, 50), (33, 1, 4), padding=3, groups=33),
-    _case("1x2x1500 -> 3, 9", (1, 2, 1500), (3, 2, 9), padding=4),
+    conv_case("1x2x1500 -> 3, 9", (1, 2, 1500), (3, 2, 9), padding=4),
     *_both("2x5x6x7x8 -> 18, 3x3x3", (2, 5, 6, 7, 8), (18, 5, 3, 3, 3), padding=1),
     *_both("1x4x9x6x5 -> 6, 2x3x1, stride 2", (1, 4, 9, 6, 5), (6, 4, 2, 3, 1), stride=(2, 1, 2), dilation=(1, 2, 1)),
     *_both("1x18x5x6x7, 3x3x3, depthwise", (1, 18, 5, 6, 7), (18, 1, 3, 3, 3), padding=1, groups=18),
@@ -146,8 +146,8 @@ CASES = [
     *_both("2x9x8x9, transposed, 3x3, depthwise times 2", (2, 9, 8, 9), (9, 2, 3, 3), transposed=True, groups=9),
     *_both("2x5x17, transposed -> 7, 5, dilation 2", (2, 5, 17), (5, 7, 5), transposed=True, stride=2, dilation=2),
     *_both("1x4x3x4x5, transposed -> 6, 3x2x3", (1, 4, 3, 4, 5), (4, 6, 3, 2, 3), transposed=True, stride=2),
-    _case("0x3x8x8 -> 4, 3x3", (0, 3, 8, 8), (4, 3, 3, 3)),
-    _case("2x3x8x8 -> 4, 3x3, without bias", (2, 3, 8, 8), (4, 3, 3, 3), bias=False),
+    conv_case("0x3x8x8 -> 4, 3x3", (0, 3, 8, 8), (4, 3, 3, 3)),
+    conv_case("2x3x8x8 -> 4, 3x3, without bias", (2, 3, 8, 8), (4, 3, 3, 3), bias=False),
     *_row((64, 3, 32, 32), (32, 3, 3, 3), padding=1),
     *_row((64, 32, 16, 16), (64, 32, 3, 3), padding=1),
     *_row((8, 64, 56, 56), (64, 64, 3, 3), padding=1),

@@ -34,20 +34,22 @@ class Finish {
   // along a line, lie in different banks.
   static constexpr int kChannelPitch = kN + 8, kPixelPitch = kM + 4;
   static constexpr int kFloats = kM * kChannelPitch > kN* kPixelPitch ? kM * kChannelPitch : kN * kPixelPitch;
+  static constexpr int kPlaces = kM + 16;
 
  public:
-  static constexpr int kBytes = kM * static_cast<int>(sizeof(int64_t)) + kFloats * static_cast<int>(sizeof(float));
+  static constexpr int kBytes = kPlaces * static_cast<int>(sizeof(int64_t)) + kFloats * static_cast<int>(sizeof(float));
 
   // The block's tile begins at those rows and columns of the group.
   __device__ __forceinline__ Finish(const Output& p, void* shared, int row, int column, int group)
       : p_(p),
         offsets_(static_cast<int64_t*>(shared)),
-        sums_(reinterpret_cast<float*>(offsets_ + kM)),
+        sums_(reinterpret_cast<float*>(offsets_ + kPlaces)),
         rows_(p.rows - row),
         columns_(p.columns - column),
         begin_(group * p.group + column * p.channel),
         channel_(static_cast<int64_t>(group) * p.columns + column) {
-    for (int r = threadIdx.x; r < kM; r += S::kThreads) store_shared(offsets_ + r, r < rows_ ? p.offset(row + r) : 0);
+    for (int r = threadIdx.x; r < kM; r += S::kThreads)
+      store_shared(offsets_ + place(r), r < rows_ ? p.offset(row + r) : 0);
   }
 
   // Two or four neighbours in a row.
@@ -72,13 +74,16 @@ class Finish {
   }
 
  private:
+  // Of a row's offset: neither rows that follow each other nor every fourth share a bank.
+  static __device__ __forceinline__ int place(int row) { return row % 4 * (kM / 4 + 4) + row / 4; }
+
   template <int V>
   __device__ __forceinline__ void write() const {
 #pragma unroll 1
     for (int i = threadIdx.x * V; i < kM * kN; i += S::kThreads * V) {
       const int row = p_.innermost ? i / kN : i % kM, column = p_.innermost ? i % kN : i / kM;
       const bool exists = row < rows_ && column < columns_;
-      const int64_t at = begin_ + column * p_.channel + load_shared(offsets_ + row);
+      const int64_t at = begin_ + column * p_.channel + load_shared(offsets_ + place(row));
       Vector<float, V> sum =
           load_shared<V>(sums_ + (p_.innermost ? row * kChannelPitch + column : column * kPixelPitch + row));
       if (p_.bias != nullptr) {

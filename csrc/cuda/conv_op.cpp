@@ -11,7 +11,7 @@ Tensor workspace(const Tensor& like, size_t bytes) {
   return torch::stable::new_empty(like, size, ScalarType::Byte);
 }
 
-struct Cuda {
+struct Gpu {
   static void forward(const ConvGather& p, const Tensor& on) {
     const Queue queue(on);
     const Tensor memory = workspace(on, cuda::conv_forward_workspace(p));
@@ -36,8 +36,8 @@ struct Cuda {
 }  // namespace fastnets
 
 STABLE_TORCH_LIBRARY_IMPL(FASTNETS_LIBRARY, FASTNETS_KEY, m) {
-  m.impl("conv_forward", TORCH_BOX(&fastnets::conv_forward<fastnets::Cuda>));
-  m.impl("conv_grad_input", TORCH_BOX(&fastnets::conv_grad_input<fastnets::Cuda>));
-  m.impl("conv_grad_weight", TORCH_BOX(&fastnets::conv_grad_weight<fastnets::Cuda>));
-  m.impl("conv_grad_epilogue", TORCH_BOX(&fastnets::conv_grad_epilogue<fastnets::Cuda>));
+  m.impl("conv_forward", TORCH_BOX(&fastnets::conv_forward<fastnets::Gpu>));
+  m.impl("conv_grad_input", TORCH_BOX(&fastnets::conv_grad_input<fastnets::Gpu>));
+  m.impl("conv_grad_weight", TORCH_BOX(&fastnets::conv_grad_weight<fastnets::Gpu>));
+  m.impl("conv_grad_epilogue", TORCH_BOX(&fastnets::conv_grad_epilogue<fastnets::Gpu>));
 }

@@ -35,10 +35,10 @@ def cases(draw):
         return draw(st.tuples(*[st.integers(low, high)] * dims))
 
     transposed = draw(st.booleans())
-    groups = draw(st.sampled_from([1, 1, 1, 2, 3, 5]))
+    groups = draw(st.sampled_from([1, 1, 1, 2, 3, 5, 24]))
     per_group = [draw(st.sampled_from([1, 2, 3, 4, 8, 9, 16, 40, 70])) for _ in range(2)]
     if groups > 1:
-        per_group = [min(n, 9) for n in per_group]
+        per_group = [min(n, 9 if groups < 24 else 1) for n in per_group]
     kernel, stride, dilation = each(1, 4 if dims < 3 else 3), each(1, 3), each(1, 3)
     padding = tuple(draw(st.integers(0, d * (k - 1) + 1)) for d, k in zip(dilation, kernel, strict=True))
     extra = tuple(draw(st.integers(0, (24, 9, 4)[dims - 1])) for _ in range(dims))

@@ -13,11 +13,9 @@ struct Gather {
   Output output;
   Partial partial;  // where splits > 1
   int chunks, steps, tiles_m, tiles_n;
-  Divisor tap_chunks;   // chunks of a tap
-  Coordinates taps;     // of a tap
-  Coordinates results;  // of a pixel in the phase
-  int extent[3], pull[3], offset[3], tap_step[3];
-  int64_t image, group, pixel[3];  // strides of the source
+  Divisor tap_chunks;  // chunks of a tap
+  Window window;
+  int64_t group;  // stride of the source
 };
 
 template <class C, class S>
@@ -35,20 +33,10 @@ class GatherCopy {
     source_ = static_cast<const T*>(p.source) + group * p.group;
 #pragma unroll
     for (int i = 0; i < kRowsA; ++i) {
-      int m = row + line() + i * kStep;
-      int64_t place = 0;
-      if (m < p.output.rows) {
-        place = p.output.positions.divide(m) * p.image;
-        p.results(m, at_[i]);
-#pragma unroll
-        for (int d = 0; d < 3; ++d) {
-          at_[i][d] = at_[i][d] * p.pull[d] + p.offset[d];
-          place += at_[i][d] * p.pixel[d];
-        }
-      } else {
-        at_[i][0] = kNowhere;
-      }
-      place_[i] = place;
+      const int m = row + line() + i * kStep;
+      const bool exists = m < p.output.rows;
+      place_[i] = p.window.begin(exists ? m : 0, at_[i]);
+      if (!exists) at_[i][0] = kNowhere;
     }
     column_ = column + line();
     weight_ = static_cast<const T*>(p.weight) +
@@ -60,20 +48,11 @@ class GatherCopy {
     const int chunk = step * kChunks + place();
     const bool within = chunk < p_.chunks;
     int in_tap = chunk, by[3];
-    p_.taps(p_.tap_chunks.divide(in_tap), by);
-    int64_t moved = in_tap * kChunk<T>;
-#pragma unroll
-    for (int d = 0; d < 3; ++d) {
-      by[d] *= p_.tap_step[d];
-      moved += by[d] * p_.pixel[d];
-    }
+    p_.window.tap(p_.tap_chunks.divide(in_tap), by);
+    const int64_t moved = in_tap * kChunk<T> + p_.window.moved(by);
 #pragma unroll
     for (int i = 0; i < kRowsA; ++i) {
-      bool inside = within;
-#pragma unroll
-      for (int d = 0; d < 3; ++d) {
-        inside = inside && static_cast<unsigned>(at_[i][d] + by[d]) < static_cast<unsigned>(p_.extent[d]);
-      }
+      const bool inside = within && p_.window.inside(at_[i], by);
       copy_async<16>(a.at(line() + i * kStep, place() * kChunk<T>), inside ? source_ + place_[i] + moved : source_,
                      inside ? 16 : 0);
     }
@@ -155,30 +134,19 @@ __global__ void __launch_bounds__(Gathered::kThreads) conv_gather_shares(Gather 
   finish();
 }
 
-// A phase as the host sees it.
-struct Phase {
-  Axis axes[3];
-  int64_t source_channels, channels;     // of one group, of the source and of the result
-  int64_t source_stride, result_stride;  // of the weight
-  const int64_t *source_sizes, *result_sizes;
-
-  int64_t taps() const { return axes[0].taps * axes[1].taps * axes[2].taps; }
-  int64_t positions() const { return axes[0].count * axes[1].count * axes[2].count; }
-};
-
 // The phase's taps of the weight, [groups, channels, taps, source channels padded].
 template <class T>
 const void* weight_of(const Phase& phase, const ConvGather& p, Workspace& workspace, Stream stream) {
   const ConvShape& s = p.shape;
   const int64_t width = padded<T>(phase.source_channels), taps = phase.taps(), *strides = s.weight_strides;
-  int64_t step[3], first = 0, dense = width;
+  int64_t first = 0, dense = width;
   bool ready =
       width == phase.source_channels && reinterpret_cast<uintptr_t>(p.weight) % 16 == 0 && phase.source_stride == 1;
   for (int d = 2; d >= 0; --d) {
-    step[d] = phase.axes[d].tap_step * strides[2 + d];
-    first += phase.axes[d].tap * strides[2 + d];
-    ready = ready && (phase.axes[d].taps == 1 || step[d] == dense);
-    dense *= phase.axes[d].taps;
+    const Axis& axis = phase.axes[d];
+    first += axis.tap * strides[2 + d];
+    ready = ready && (axis.taps == 1 || axis.tap_step * strides[2 + d] == dense);
+    dense *= axis.taps;
   }
   ready = ready && first == 0 && phase.result_stride == dense &&
           (s.groups == 1 || s.out_channels * strides[0] == phase.channels * dense);
@@ -186,42 +154,15 @@ const void* weight_of(const Phase& phase, const ConvGather& p, Workspace& worksp
   void* const memory = workspace.take(s.groups * phase.channels * taps * width * sizeof(T));
   if (workspace.counts() || taps == 0) return memory;
   Layout q{};
-  q.from = static_cast<const T*>(p.weight) + first, q.to = memory;
-  q.outer = to_int(s.groups, "groups"), q.inner = to_int(phase.channels, "channels"), q.pixels = to_int(taps, "taps");
+  q.from = p.weight, q.to = memory;
+  q.outer = to_int(s.groups, "groups"), q.inner = to_int(phase.channels, "channels");
   q.channels = static_cast<int>(phase.source_channels), q.padded = static_cast<int>(width);
   q.from_outer = s.out_channels * strides[0], q.from_inner = phase.result_stride;
   q.from_channel = phase.source_stride;
-  for (int d = 0; d < 3; ++d) q.from_pixel[d] = step[d];
   q.to_outer = phase.channels * taps * width, q.to_inner = taps * width, q.to_pixel = width;
-  q.at = Coordinates(static_cast<int>(phase.axes[1].taps), static_cast<int>(phase.axes[2].taps));
-  q.channels_first = phase.source_stride <= strides[4];
+  fill_taps(q, phase, s, sizeof(T));
   arrange(s.dtype, q, stream);
   return memory;
-}
-
-Output output_of(const Phase& phase, const ConvGather& p, size_t size) {
-  const ConvShape& s = p.shape;
-  const Strides strides = strides_of(s.channels_last, s.groups * phase.channels, phase.result_sizes);
-  const int64_t pixels = phase.result_sizes[0] * phase.result_sizes[1] * phase.result_sizes[2];
-  Output o{};
-  o.result = p.result, o.kept = p.kept, o.residual = p.residual, o.bias = p.bias, o.activation = p.activation;
-  o.columns = static_cast<int>(phase.channels);
-  o.innermost = s.channels_last || pixels == 1;
-  o.positions = Divisor(to_int(phase.positions(), "positions in an image"));
-  o.at = Coordinates(static_cast<int>(phase.axes[1].count), static_cast<int>(phase.axes[2].count));
-  o.image = s.groups * phase.channels * pixels;
-  o.group = phase.channels * strides.channel, o.channel = strides.channel;
-  for (int d = 0; d < 3; ++d) {
-    o.first += phase.axes[d].first * strides.at[d];
-    o.step[d] = phase.axes[d].step * strides.at[d];
-  }
-  uint64_t bits = 0;
-  for (const void* tensor : {static_cast<const void*>(p.result), static_cast<const void*>(p.kept), p.residual}) {
-    bits |= reinterpret_cast<uintptr_t>(tensor);
-  }
-  const bool dense = phase.positions() == pixels;
-  o.wide = bits % (4 * size) == 0 && (o.innermost ? phase.channels % 4 == 0 : dense && pixels % 4 == 0);
-  return o;
 }
 
 template <class C, class S>
@@ -242,7 +183,6 @@ template <class C>
 void gather(const Phase& phase, const ConvGather& p, const Operand<typename C::Storage>& source, Workspace& workspace,
             const char* name, Stream stream) {
   using T = typename C::Storage;
-  if (phase.positions() == 0) return;
   const ConvShape& s = p.shape;
   Gather g{};
   g.source = source.data;
@@ -253,17 +193,8 @@ void gather(const Phase& phase, const ConvGather& p, const Operand<typename C::S
   constexpr int kChunks = kStageBytes / 16;
   g.steps = (g.chunks + kChunks - 1) / kChunks;
   g.tap_chunks = Divisor(std::max(tap_chunks, 1));
-  g.taps = Coordinates(static_cast<int>(phase.axes[1].taps), static_cast<int>(phase.axes[2].taps));
-  g.results = g.output.at;
-  const Strides strides = strides_of(true, source.pixel, phase.source_sizes);
-  for (int d = 0; d < 3; ++d) {
-    const Axis& axis = phase.axes[d];
-    check_axis(axis);
-    g.extent[d] = static_cast<int>(axis.extent), g.pull[d] = static_cast<int>(axis.pull);
-    g.offset[d] = static_cast<int>(axis.offset), g.tap_step[d] = static_cast<int>(axis.offset_step);
-    g.pixel[d] = strides.at[d];
-  }
-  g.image = source.image, g.group = source.channels;
+  g.window = window_of(phase.axes, strides_of(true, source.pixel, phase.source_sizes).at, source.image);
+  g.group = source.channels;
 
   // As many images a launch as 32 bits can number the pixels of.
   const int64_t together = std::min(s.batch, (kLimit - 1) / phase.positions());
@@ -280,71 +211,74 @@ void gather(const Phase& phase, const ConvGather& p, const Operand<typename C::S
       if (splits > 1) g.partial = Partial::take(workspace, splits, groups, static_cast<int>(rows), g.output.columns);
       if (!workspace.counts()) launch_gather<C, S>(g, splits, name, stream);
     });
-    g.source = static_cast<const T*>(g.source) + together * g.image;
+    g.source = static_cast<const T*>(g.source) + together * g.window.image;
     g.output.first += together * g.output.image;
   }
 }
 
-void forward(const ConvGather& p, Workspace& workspace, Stream stream) {
+// Calls f with every phase.
+template <class F>
+void for_phases(const ConvShape& s, bool forwards, F&& f) {
+  if (forwards) {
+    return f(Phase{{forward_axis(s, 0), forward_axis(s, 1), forward_axis(s, 2)},
+                   s.in_channels,
+                   s.out_channels,
+                   s.weight_strides[1],
+                   s.weight_strides[0],
+                   s.in,
+                   s.out,
+                   true});
+  }
+  for (int64_t d = 0; d < std::min(s.stride[0], s.in[0]); ++d) {
+    for (int64_t h = 0; h < std::min(s.stride[1], s.in[1]); ++h) {
+      for (int64_t w = 0; w < std::min(s.stride[2], s.in[2]); ++w) {
+        f(Phase{{grad_input_axis(s, 0, d), grad_input_axis(s, 1, h), grad_input_axis(s, 2, w)},
+                s.out_channels,
+                s.in_channels,
+                s.weight_strides[0],
+                s.weight_strides[1],
+                s.out,
+                s.in,
+                false});
+      }
+    }
+  }
+}
+
+void gather(const ConvGather& p, bool forwards, Workspace& workspace, Stream stream) {
   const ConvShape& s = p.shape;
-  const Phase phase{{forward_axis(s, 0), forward_axis(s, 1), forward_axis(s, 2)},
-                    s.in_channels,
-                    s.out_channels,
-                    s.weight_strides[1],
-                    s.weight_strides[0],
-                    s.in,
-                    s.out};
+  const char* const name = forwards ? "conv_forward" : "conv_grad_input";
+  if (is_depthwise(s)) {
+    return for_phases(s, forwards, [&](const Phase& phase) {
+      if (phase.positions() > 0) depthwise_gather(phase, p, name, workspace, stream);
+    });
+  }
   with_arithmetic(s.dtype, s.tf32, [&](auto arithmetic) {
     using C = decltype(arithmetic);
-    const auto source = operand_of<typename C::Storage>(p.source, s, s.in_channels, s.in, workspace, stream);
-    gather<C>(phase, p, source, workspace, "conv_forward", stream);
+    const auto source = operand_of<typename C::Storage>(p.source, s, forwards ? s.in_channels : s.out_channels,
+                                                        forwards ? s.in : s.out, workspace, stream);
+    for_phases(s, forwards, [&](const Phase& phase) {
+      if (phase.positions() > 0) gather<C>(phase, p, source, workspace, name, stream);
+    });
   });
 }
 
-void grad_input(const ConvGather& p, Workspace& workspace, Stream stream) {
-  const ConvShape& s = p.shape;
-  with_arithmetic(s.dtype, s.tf32, [&](auto arithmetic) {
-    using C = decltype(arithmetic);
-    const auto source = operand_of<typename C::Storage>(p.source, s, s.out_channels, s.out, workspace, stream);
-    for (int64_t d = 0; d < std::min(s.stride[0], s.in[0]); ++d) {
-      for (int64_t h = 0; h < std::min(s.stride[1], s.in[1]); ++h) {
-        for (int64_t w = 0; w < std::min(s.stride[2], s.in[2]); ++w) {
-          const Phase phase{{grad_input_axis(s, 0, d), grad_input_axis(s, 1, h), grad_input_axis(s, 2, w)},
-                            s.out_channels,
-                            s.in_channels,
-                            s.weight_strides[0],
-                            s.weight_strides[1],
-                            s.out,
-                            s.in};
-          gather<C>(phase, p, source, workspace, "conv_grad_input", stream);
-        }
-      }
-    }
-  });
+size_t gather_workspace(const ConvGather& p, bool forwards) {
+  Workspace workspace;
+  gather(p, forwards, workspace, nullptr);
+  return workspace.taken();
+}
+
+void gather(const ConvGather& p, bool forwards, void* memory, Stream stream) {
+  Workspace workspace(memory);
+  gather(p, forwards, workspace, stream);
 }
 
 }  // namespace
 
-size_t conv_forward_workspace(const ConvGather& p) {
-  Workspace workspace;
-  forward(p, workspace, nullptr);
-  return workspace.taken();
-}
-
-void conv_forward(const ConvGather& p, void* memory, Stream stream) {
-  Workspace workspace(memory);
-  forward(p, workspace, stream);
-}
-
-size_t conv_grad_input_workspace(const ConvGather& p) {
-  Workspace workspace;
-  grad_input(p, workspace, nullptr);
-  return workspace.taken();
-}
-
-void conv_grad_input(const ConvGather& p, void* memory, Stream stream) {
-  Workspace workspace(memory);
-  grad_input(p, workspace, stream);
-}
+size_t conv_forward_workspace(const ConvGather& p) { return gather_workspace(p, true); }
+void conv_forward(const ConvGather& p, void* memory, Stream stream) { gather(p, true, memory, stream); }
+size_t conv_grad_input_workspace(const ConvGather& p) { return gather_workspace(p, false); }
+void conv_grad_input(const ConvGather& p, void* memory, Stream stream) { gather(p, false, memory, stream); }
 
 }  // namespace fastnets::cuda

@@ -21,14 +21,6 @@ inline int to_int(int64_t size, const char* what) {
   return static_cast<int>(size);
 }
 
-// Positions beyond the source on either side count, too.
-inline void check_axis(const Axis& axis) {
-  const int64_t last = std::max(axis.extent, axis.count * axis.pull) + axis.span();
-  if (last - std::min<int64_t>(axis.offset, 0) >= kLimit / 4) {
-    throw std::invalid_argument("the CUDA convolution takes fewer than 2^29 positions along a dimension");
-  }
-}
-
 // n / d of 0 <= n < 2^31 as a product: Granlund and Montgomery, "Division by invariant integers using multiplication",
 // PLDI 1994, figure 4.1.
 struct Divisor {
@@ -63,6 +55,62 @@ struct Coordinates {
     at[0] = height.divide(at[1]);
   }
 };
+
+// Where in the source the taps of a result are.
+struct Window {
+  Divisor positions;     // of the results of an image
+  Coordinates at, taps;  // of a result's position, and of a tap
+  int extent[3], pull[3], offset[3], tap_step[3];
+  int64_t image, pixel[3];  // strides of the source
+
+  // The place of a result's first tap, which may lie outside, and its position.
+  __device__ __forceinline__ int64_t begin(int result, int (&from)[3]) const {
+    int64_t place = positions.divide(result) * image;
+    at(result, from);
+#pragma unroll
+    for (int d = 0; d < 3; ++d) {
+      from[d] = from[d] * pull[d] + offset[d];
+      place += from[d] * pixel[d];
+    }
+    return place;
+  }
+  // How far a tap lies from the first one.
+  __device__ __forceinline__ void tap(int index, int (&by)[3]) const {
+    taps(index, by);
+#pragma unroll
+    for (int d = 0; d < 3; ++d) by[d] *= tap_step[d];
+  }
+  __device__ __forceinline__ int64_t moved(const int (&by)[3]) const {
+    return by[0] * pixel[0] + by[1] * pixel[1] + by[2] * pixel[2];
+  }
+  __device__ __forceinline__ bool inside(const int (&from)[3], const int (&by)[3]) const {
+    bool all = true;
+#pragma unroll
+    for (int d = 0; d < 3; ++d) all = all && static_cast<unsigned>(from[d] + by[d]) < static_cast<unsigned>(extent[d]);
+    return all;
+  }
+};
+
+// Throws for sizes that 32-bit positions cannot hold; those beyond the source on either side count, too.
+inline Window window_of(const Axis (&axes)[3], const int64_t (&pixel)[3], int64_t image) {
+  Window w{};
+  for (int d = 0; d < 3; ++d) {
+    const Axis& axis = axes[d];
+    const int64_t last = std::max(axis.extent, axis.count * axis.pull) + axis.span();
+    if (last - std::min<int64_t>(axis.offset, 0) >= kLimit / 4) {
+      throw std::invalid_argument("the CUDA convolution takes fewer than 2^29 positions along a dimension");
+    }
+    w.extent[d] = static_cast<int>(axis.extent), w.pull[d] = static_cast<int>(axis.pull);
+    w.offset[d] = static_cast<int>(axis.offset), w.tap_step[d] = static_cast<int>(axis.offset_step);
+    w.pixel[d] = pixel[d];
+  }
+  w.image = image;
+  const int64_t positions = axes[0].count * axes[1].count * axes[2].count;
+  w.positions = Divisor(std::max(to_int(positions, "positions in an image"), 1));
+  w.at = Coordinates(static_cast<int>(axes[1].count), static_cast<int>(axes[2].count));
+  w.taps = Coordinates(static_cast<int>(axes[1].taps), static_cast<int>(axes[2].taps));
+  return w;
+}
 
 // ---- layout --------------------------------------------------------------------------------------------------------
 

@@ -27,6 +27,31 @@ struct Output {
   }
 };
 
+// The epilogue of V neighbours in the result, from element `at` and, counted over all groups, from `channel` on.
+template <class T, int V>
+__device__ __forceinline__ void finish(const Output& p, int64_t at, int64_t channel, bool exists, float (&sum)[V]) {
+  if (p.bias != nullptr) {
+    const T* const bias = static_cast<const T*>(p.bias) + channel;
+#pragma unroll
+    for (int e = 0; e < V; ++e) sum[e] += to_float(load_global_if<1>(exists, bias + (p.innermost ? e : 0))[0]);
+  }
+  if (p.residual != nullptr) {
+    const Vector<T, V> more = load_global_if<V>(exists, static_cast<const T*>(p.residual) + at);
+#pragma unroll
+    for (int e = 0; e < V; ++e) sum[e] += to_float(more[e]);
+  }
+  Vector<T, V> values;
+  if (p.kept != nullptr) {
+#pragma unroll
+    for (int e = 0; e < V; ++e) values[e] = from_float<T>(sum[e]);
+    if (exists) store_global(static_cast<T*>(p.kept) + at, values);
+  }
+#pragma unroll
+  for (int e = 0; e < V; ++e) values[e] = from_float<T>(activate(p.activation, sum[e]));
+  if (exists) store_global(static_cast<T*>(p.result) + at, values);
+}
+
+// A block's tile of sums on its way through the epilogue.
 template <class T, class S>
 class Finish {
   static constexpr int kN = S::kN, kM = S::kM;
@@ -86,25 +111,7 @@ class Finish {
       const int64_t at = begin_ + column * p_.channel + load_shared(offsets_ + place(row));
       Vector<float, V> sum =
           load_shared<V>(sums_ + (p_.innermost ? row * kChannelPitch + column : column * kPixelPitch + row));
-      if (p_.bias != nullptr) {
-        const T* const bias = static_cast<const T*>(p_.bias) + channel_ + column;
-#pragma unroll
-        for (int e = 0; e < V; ++e) sum[e] += to_float(load_global_if<1>(exists, bias + (p_.innermost ? e : 0))[0]);
-      }
-      if (p_.residual != nullptr) {
-        const Vector<T, V> more = load_global_if<V>(exists, static_cast<const T*>(p_.residual) + at);
-#pragma unroll
-        for (int e = 0; e < V; ++e) sum[e] += to_float(more[e]);
-      }
-      Vector<T, V> values;
-      if (p_.kept != nullptr) {
-#pragma unroll
-        for (int e = 0; e < V; ++e) values[e] = from_float<T>(sum[e]);
-        if (exists) store_global(static_cast<T*>(p_.kept) + at, values);
-      }
-#pragma unroll
-      for (int e = 0; e < V; ++e) values[e] = from_float<T>(activate(p_.activation, sum[e]));
-      if (exists) store_global(static_cast<T*>(p_.result) + at, values);
+      finish<T>(p_, at, channel_ + column, exists, sum.values);
     }
   }
 
@@ -114,5 +121,61 @@ class Finish {
   int rows_, columns_;
   int64_t begin_, channel_;
 };
+
+// A phase as the host sees it.
+struct Phase {
+  Axis axes[3];
+  int64_t source_channels, channels;     // of one group, of the source and of the result
+  int64_t source_stride, result_stride;  // of the weight
+  const int64_t *source_sizes, *result_sizes;
+  bool forwards;
+
+  int64_t taps() const { return axes[0].taps * axes[1].taps * axes[2].taps; }
+  int64_t positions() const { return axes[0].count * axes[1].count * axes[2].count; }
+};
+
+// The weight's side of a layout [.., taps of the phase, ..]: what q.from, the weight's first element, gives way to.
+inline void fill_taps(Layout& q, const Phase& phase, const ConvShape& s, size_t size) {
+  const int64_t* const strides = s.weight_strides + 2;
+  int64_t first = 0;
+  for (int d = 0; d < 3; ++d) {
+    first += phase.axes[d].tap * strides[d];
+    q.from_pixel[d] = phase.axes[d].tap_step * strides[d];
+  }
+  q.from = static_cast<const char*>(q.from) + first * static_cast<int64_t>(size);
+  q.pixels = to_int(phase.taps(), "taps");
+  q.at = Coordinates(static_cast<int>(phase.axes[1].taps), static_cast<int>(phase.axes[2].taps));
+  q.channels_first = q.from_channel <= strides[2];
+}
+
+inline Output output_of(const Phase& phase, const ConvGather& p, size_t size) {
+  const ConvShape& s = p.shape;
+  const Strides strides = strides_of(s.channels_last, s.groups * phase.channels, phase.result_sizes);
+  const int64_t pixels = phase.result_sizes[0] * phase.result_sizes[1] * phase.result_sizes[2];
+  Output o{};
+  o.result = p.result, o.kept = p.kept, o.residual = p.residual, o.bias = p.bias, o.activation = p.activation;
+  o.columns = static_cast<int>(phase.channels);
+  o.innermost = s.channels_last || pixels == 1;
+  o.positions = Divisor(to_int(phase.positions(), "positions in an image"));
+  o.at = Coordinates(static_cast<int>(phase.axes[1].count), static_cast<int>(phase.axes[2].count));
+  o.image = s.groups * phase.channels * pixels;
+  o.group = phase.channels * strides.channel, o.channel = strides.channel;
+  for (int d = 0; d < 3; ++d) {
+    o.first += phase.axes[d].first * strides.at[d];
+    o.step[d] = phase.axes[d].step * strides.at[d];
+  }
+  uint64_t bits = 0;
+  for (const void* tensor : {static_cast<const void*>(p.result), static_cast<const void*>(p.kept), p.residual}) {
+    bits |= reinterpret_cast<uintptr_t>(tensor);
+  }
+  const bool dense = phase.positions() == pixels;
+  o.wide = bits % (4 * size) == 0 && (o.innermost ? phase.channels % 4 == 0 : dense && pixels % 4 == 0);
+  return o;
+}
+
+// Where every group has one channel of x (conv_depthwise.cu).
+inline bool is_depthwise(const ConvShape& s) { return s.groups > 1 && s.in_channels == 1; }
+void depthwise_gather(const Phase& phase, const ConvGather& p, const char* name, Workspace& workspace, Stream stream);
+void depthwise_grad_weight(const ConvGradWeight& p, Workspace& workspace, Stream stream);
 
 }  // namespace fastnets::cuda

@@ -1,7 +1,7 @@
 // Convolution backwards to its weight: implicit GEMM whose rows are the result's channels, whose columns are taps and
 // source channels, and whose depth are the pixels of all images. Few results of a long sum: the depth is shared out,
 // and the shares are added in their order, so that every run gives the same bits.
-#include "conv.h"
+#include "conv_output.h"
 
 namespace fastnets::cuda {
 namespace {
@@ -13,10 +13,8 @@ struct Weight {
   int pixels;                                        // of the images of this launch
   int grad_channels, channels;                       // of a group, padded
   int64_t grad_pixel;
-  Divisor positions, tap_channels;
-  Coordinates at, taps;
-  int extent[3], pull[3], offset[3], tap_step[3];
-  int64_t image, pixel[3];  // strides of x
+  Divisor tap_channels;
+  Window window;  // of x
 };
 
 // Copies pixels `step * kDepth` and following: of the gradient, and of x at the taps. A thread has the same channels of
@@ -40,10 +38,8 @@ class WeightCopy {
     grad_ = static_cast<const T*>(p.grad) + static_cast<int64_t>(group) * p.grad_channels + k;
     has_b_ = n < p.partial.columns;
     int channel = n;
-    p.taps(p.tap_channels.divide(channel), tap_);
-#pragma unroll
-    for (int d = 0; d < 3; ++d) tap_[d] = tap_[d] * p.tap_step[d] + p.offset[d];
-    x_ = static_cast<const T*>(p.x) + static_cast<int64_t>(group) * p.channels + channel;
+    p.window.tap(p.tap_channels.divide(channel), tap_);
+    x_ = static_cast<const T*>(p.x) + static_cast<int64_t>(group) * p.channels + channel + p.window.moved(tap_);
   }
 
   __device__ __forceinline__ void operator()(int step, A a, B b) const {
@@ -57,16 +53,10 @@ class WeightCopy {
 #pragma unroll
     for (int i = 0; i < kDepth / kStepB; ++i) {
       const int line = line_b() + i * kStepB;
-      int m = step * kDepth + line, at[3];
-      bool inside = has_b_ && m < p_.pixels;
-      int64_t place = p_.positions.divide(m) * p_.image;
-      p_.at(m, at);
-#pragma unroll
-      for (int d = 0; d < 3; ++d) {
-        const int c = at[d] * p_.pull[d] + tap_[d];
-        inside = inside && static_cast<unsigned>(c) < static_cast<unsigned>(p_.extent[d]);
-        place += c * p_.pixel[d];
-      }
+      const int m = step * kDepth + line;
+      int at[3];
+      const int64_t place = p_.window.begin(m < p_.pixels ? m : 0, at);
+      const bool inside = has_b_ && m < p_.pixels && p_.window.inside(at, tap_);
       copy_async<16>(b.at(line, place_b() * kChunk<T>), inside ? x_ + place : static_cast<const T*>(p_.x),
                      inside ? 16 : 0);
     }
@@ -148,19 +138,9 @@ void grad_weight(const ConvGradWeight& p, Workspace& workspace, Stream stream) {
   w.grad = grad.data, w.x = x.data;
   w.grad_channels = grad.channels, w.channels = x.channels;
   w.grad_pixel = grad.pixel;
-  w.positions = Divisor(std::max(to_int(positions, "positions in an image"), 1));
   w.tap_channels = Divisor(x.channels);
-  w.at = Coordinates(static_cast<int>(s.out[1]), static_cast<int>(s.out[2]));
-  w.taps = Coordinates(static_cast<int>(s.kernel[1]), static_cast<int>(s.kernel[2]));
-  w.image = x.image;
-  const Strides strides = strides_of(true, x.pixel, s.in);
-  for (int d = 0; d < 3; ++d) {
-    const Axis axis = forward_axis(s, d);
-    check_axis(axis);
-    w.extent[d] = static_cast<int>(axis.extent), w.pull[d] = static_cast<int>(axis.pull);
-    w.offset[d] = static_cast<int>(axis.offset), w.tap_step[d] = static_cast<int>(axis.offset_step);
-    w.pixel[d] = strides.at[d];
-  }
+  w.window = window_of({forward_axis(s, 0), forward_axis(s, 1), forward_axis(s, 2)}, strides_of(true, x.pixel, s.in).at,
+                       x.image);
   const int rows = static_cast<int>(s.out_channels), columns = to_int(taps * x.channels, "elements of a filter");
 
   // As many images a launch as 32 bits can number the pixels of. The shares fill the device whatever the tiles are.
@@ -194,7 +174,7 @@ void grad_weight(const ConvGradWeight& p, Workspace& workspace, Stream stream) {
             {},
             static_cast<int>(s.in_channels),
             w.tap_channels,
-            w.taps};
+            w.window.taps};
   for (int d = 0; d < 3; ++d) to.tap[d] = s.weight_strides[2 + d];
   const int64_t quads = int64_t{w.partial.pitch} / 4 * rows * s.groups;
   launch({"conv_grad_weight_shares", blocks_for((quads + kThreads - 1) / kThreads), kThreads, stream},
@@ -202,6 +182,7 @@ void grad_weight(const ConvGradWeight& p, Workspace& workspace, Stream stream) {
 }
 
 void grad_weight(const ConvGradWeight& p, Workspace& workspace, Stream stream) {
+  if (is_depthwise(p.shape)) return depthwise_grad_weight(p, workspace, stream);
   with_arithmetic(p.shape.dtype, p.shape.tf32,
                   [&](auto arithmetic) { grad_weight<decltype(arithmetic)>(p, workspace, stream); });
 }

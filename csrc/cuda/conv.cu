@@ -112,11 +112,11 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) conv_gather(Gather p)
   finish();
 }
 
-using Gathered = Shape<32, 64, 1, 4, 1, 1>;  // of a block that adds shares: small, for they are many where results few
+using Gathered = Shape<32, 64, 1, 4, 1, 6>;  // of a block that adds shares: small, for they are many where results few
 
 // Adds the shares and finishes.
 template <class T>
-__global__ void __launch_bounds__(Gathered::kThreads) conv_gather_shares(Gather p) {
+__global__ void __launch_bounds__(Gathered::kThreads, Gathered::kBlocks) conv_gather_shares(Gather p) {
   using S = Gathered;
   SHARED_ARRAY(unsigned char, shared, (Finish<T, S>::kBytes));
   int rest = blockIdx.x;
@@ -125,6 +125,7 @@ __global__ void __launch_bounds__(Gathered::kThreads) conv_gather_shares(Gather 
   const int row = rest % p.tiles_m * S::kM, group = rest / p.tiles_m;
   const Finish<T, S> finish(p.output, shared, row, column, group);
   // A warp takes two fours of 16 rows: whole sectors, and other banks, however the tile is laid out.
+#pragma unroll 1
   for (int i = threadIdx.x; i < S::kM * S::kN / 4; i += S::kThreads) {
     const int r = i / 2 % S::kM, c = (i / 2 / S::kM * 2 + i % 2) * 4;
     if (row + r < p.partial.rows && column + c < p.partial.pitch) {

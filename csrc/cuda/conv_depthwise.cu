@@ -54,8 +54,9 @@ struct Place {
   int left = 0;  // pixels of the plane
 };
 
+// Three blocks a multiprocessor, two where vectors are held: the bound that ptxas sets itself on sm_100 spills.
 template <class T, int V, bool Innermost>
-__global__ void __launch_bounds__(kThreads) conv_depthwise(Depthwise p, int64_t pieces) {
+__global__ void __launch_bounds__(kThreads, V == 1 ? 3 : 2) conv_depthwise(Depthwise p, int64_t pieces) {
   for (int64_t piece = int64_t{blockIdx.x} * kThreads + threadIdx.x; piece < pieces;
        piece += int64_t{gridDim.x} * kThreads) {
     const Place<V, Innermost> place(p, piece);

@@ -8,8 +8,6 @@
 namespace fastnets::cuda {
 namespace {
 
-constexpr int kColumnStep = 32;  // products leave out a tile's columns beyond the heads' in steps of so many
-
 struct TileShape {
   int warps, keys, slots;  // a slot is one tile of keys or of values
 };
@@ -122,53 +120,6 @@ __device__ __forceinline__ void drop(const Plan& plan, Seed seed, int batch, con
 #pragma unroll
     for (int e = 0; e < 2 * Blocks; ++e) {
       if ((stay >> e & 1) == 0) weights[e / 2][2 * half + e % 2] = 0.0f;
-    }
-  }
-}
-
-// Stores a row's accumulators of two neighbouring blocks, 16 columns from `column`: in whole sectors of 32 bytes where
-// `wide` (4 elements aligned), else one by one.
-template <class T>
-__device__ __forceinline__ void store_pair(T* row, int column, int columns, bool exists, bool wide, const float* left,
-                                           const float* right) {
-  const int t = threadIdx.x % 4;
-  if constexpr (sizeof(T) == 2) {
-    // Even lanes take the left block, odd lanes the right one, of themselves and of their neighbour.
-    const bool odd = t % 2 != 0;
-    float own[2], other[2];
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      own[e] = odd ? right[e] : left[e];
-      other[e] = __shfl_xor_sync(kWholeWarp, odd ? left[e] : right[e], 1);
-    }
-    const int first = column + (odd ? 8 : 0) + t / 2 * 4;
-    Vector<T, 4> four;
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      four[e] = from_float<T>(odd ? other[e] : own[e]);
-      four[e + 2] = from_float<T>(odd ? own[e] : other[e]);
-    }
-    if (wide) {
-      if (exists && first < columns) store_global(row + first, four);
-    } else {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        if (exists && first + e < columns) store_global(row + first + e, four[e]);
-      }
-    }
-  } else {
-#pragma unroll
-    for (int block = 0; block < 2; ++block) {
-      const float* const pair = block == 0 ? left : right;
-      const int first = column + block * 8 + t * 2;
-      if (wide) {
-        if (exists && first < columns) store_global(row + first, Vector<float, 2>{{pair[0], pair[1]}});
-      } else {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          if (exists && first + e < columns) store_global(row + first + e, pair[e]);
-        }
-      }
     }
   }
 }
@@ -471,31 +422,6 @@ __global__ void __launch_bounds__(Shape<C, kWidth, false>::kThreads) weights(Att
 }
 
 // ---- launching -------------------------------------------------------------------------------------------------
-
-// Calls f with the arithmetic of the call's products.
-template <class F>
-void with_arithmetic(const Attention& p, F&& f) {
-  switch (p.dtype) {
-    case Dtype::kFloat32: return p.tf32 ? f(Tf32{}) : f(Fp32{});
-    case Dtype::kBFloat16: return f(Bf16{});
-    case Dtype::kFloat16: return f(Fp16{});
-    default: throw std::invalid_argument("the CUDA kernels take float32, bfloat16 and float16");
-  }
-}
-
-// Calls f with the least width of tiles that holds so many columns.
-template <class F>
-void with_width(int64_t columns, F&& f) {
-  if (columns <= 64) return f(std::integral_constant<int, 64>{});
-  if (columns <= 128) return f(std::integral_constant<int, 128>{});
-  if (columns <= 256) return f(std::integral_constant<int, 256>{});
-  throw std::invalid_argument("the CUDA attention kernels take head dimensions up to 256");
-}
-
-unsigned blocks_of(int64_t blocks) {
-  if (blocks > grid_limit()) throw std::invalid_argument("attention of more tiles than a grid has blocks");
-  return static_cast<unsigned>(blocks);
-}
 
 // Blocks that share a tile's keys, so that every multiprocessor gets one.
 int splits_of(int64_t tiles, int64_t lk, int keys) {

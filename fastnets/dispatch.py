@@ -55,7 +55,7 @@ def _supports_everything(case: Case) -> None:
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CUDA_CAPABILITY = (8, 0)
-_CUDA_FAMILIES = ("conv", "softmax")  # run by the same kernels on a GPU and on the SIMT device
+_CUDA_FAMILIES = ("conv", "attention", "softmax")  # run by the same kernels on a GPU and on the SIMT device
 
 
 def _cpu_supports(case: Case) -> str | None:

@@ -3,7 +3,6 @@
 // FlashAttention-2, https://arxiv.org/abs/2307.08691). Few queries: the keys are divided among blocks, whose results
 // are put together afterwards (https://pytorch.org/blog/flash-decoding/). Also the softmax weights.
 #include "attention.h"
-#include "launch.h"
 
 namespace fastnets::cuda {
 namespace {

@@ -9,6 +9,7 @@
 #include <stdexcept>
 
 #include "kernels.h"
+#include "launch.h"
 #include "reduce.h"
 #include "tile.h"
 

@@ -1,7 +1,6 @@
 // Attention backward: the gradients of q, k and v. Each is summed up by the block that owns its rows, in a fixed order,
 // while the other side's tiles stream by through asynchronous copies: the same bits in every run, and no atomics.
 #include "attention_backward.h"
-#include "launch.h"
 
 namespace fastnets::cuda {
 namespace {
@@ -9,9 +8,9 @@ namespace {
 constexpr int kTermsThreads = 128;
 
 // Dealing out a side's rows: tiles of all sequences times the heads.
-template <class C, int kWidth, Own own>
-struct GradShape : BackwardShape<C, kWidth> {
-  using S = BackwardShape<C, kWidth>;
+template <class C, int kWidth, bool General, Own own>
+struct GradShape : BackwardShape<C, kWidth, General && own == Own::kKeys> {
+  using S = BackwardShape<C, kWidth, General && own == Own::kKeys>;
   // 128 columns of two gradients are as many accumulators as a thread has registers for: more are divided between
   // warps, who then find the same weights.
   static constexpr int kParts = own == Own::kKeys && kWidth > 128 ? 2 : 1;
@@ -100,9 +99,9 @@ __device__ __forceinline__ void subtract_own(const AttentionBackward& p, const f
 }
 
 template <class C, int kWidth, bool General, Own own>
-__global__ void __launch_bounds__(GradShape<C, kWidth, own>::kThreads, 1)
+__global__ void __launch_bounds__(GradShape<C, kWidth, General, own>::kThreads, 1)
     gradients(AttentionBackward p, BackwardPlan plan, RowTerms* terms, int64_t tiles) {
-  using S = GradShape<C, kWidth, own>;
+  using S = GradShape<C, kWidth, General, own>;
   using T = typename C::Storage;
   using OwnTile = typename S::OwnTile;
   using StreamedTile = typename S::StreamedTile;
@@ -280,7 +279,7 @@ size_t terms_bytes(const AttentionBackward& p) { return (rows_of(p) * sizeof(Row
 
 template <class C, int kWidth, bool General, Own own>
 void launch_gradients(const AttentionBackward& p, const BackwardPlan& plan, RowTerms* terms, Stream stream) {
-  using S = GradShape<C, kWidth, own>;
+  using S = GradShape<C, kWidth, General, own>;
   constexpr bool kOwnsKeys = own == Own::kKeys;
   const int64_t tiles =
       kOwnsKeys ? tiles_of(p.starts_k, p.lk, p.batch, S::kRows) : tiles_of(p.starts_q, p.lq, p.batch, S::kRows);

@@ -14,12 +14,16 @@ enum class Own { kQueries, kKeys };
 
 // By the bytes of a row in shared memory. Own and streamed tiles, two of each kind, take 48, 64, 96 and 96 KB: within
 // the 99 KB that a block may have on 8.6, 8.9 and 12.0.
-template <class C, int kWidth>
+// Where registers are short, `Tight`, half as many rows stream by at a time.
+template <class C, int kWidth, bool Tight = false>
 struct BackwardShape {
   using T = typename C::Storage;
   static constexpr int kRowBytes = kWidth * sizeof(T), kColumns = kWidth;
   static constexpr int kRows = kRowBytes <= 512 ? 64 : 32;
-  static constexpr int kStreamed = kRowBytes <= 128 ? 64 : kRowBytes <= 256 ? 32 : 16;
+  static constexpr int kStreamed = (kRowBytes <= 128   ? 64
+                                    : kRowBytes <= 256 ? 32
+                                                       : 16) /
+                                   (Tight && kRowBytes <= 256 ? 2 : 1);
   static constexpr int kSlots = kRowBytes <= 512 ? 2 : 1;
   static constexpr int kBlocks = kStreamed / 8;
   using OwnTile = Tile<T, kRows, kWidth>;
@@ -31,11 +35,6 @@ struct BackwardShape {
 struct RowTerms {
   float lse, subtract;
 };
-
-__device__ __forceinline__ RowTerms load_terms(const RowTerms* at) {
-  const Vector<float, 2> pair = load_global<2>(reinterpret_cast<const float*>(at));
-  return {pair[0], pair[1]};
-}
 
 __device__ __forceinline__ RowTerms load_terms(const RowTerms* at) {
   const Vector<float, 2> pair = load_global<2>(reinterpret_cast<const float*>(at));
@@ -247,7 +246,7 @@ class Weights {
     }
   }
 
-  float squashed_[General ? kBlocks : 1][4];  // tanh of capped scores
+  float squashed_[General ? kBlocks : 1][4] = {};  // tanh of capped scores
   uint32_t stay_[2];
 };
 

@@ -3,7 +3,6 @@
 // mask broadcasts over, in a fixed order, and finds their scores' gradients anew. Where that leaves too few blocks,
 // several share the work, and what they found is added up afterwards, in order.
 #include "attention_backward.h"
-#include "launch.h"
 
 namespace fastnets::cuda {
 namespace {

@@ -54,6 +54,7 @@ def _supports_everything(case: Case) -> None:
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CUDA_WIDEST_HEAD = 256
 _CUDA_CAPABILITY = (8, 0)
 _CUDA_FAMILIES = ("conv", "attention", "softmax")  # run by the same kernels on a GPU and on the SIMT device
 
@@ -80,14 +81,21 @@ def _gpu_missing() -> str | None:
     return None
 
 
+def _kernels_objection(case: Case) -> str | None:
+    """What the CUDA kernels do not take, on a GPU or on the SIMT device."""
+    if case.dtype not in _CUDA_DTYPES:
+        return f"the CUDA kernels take float32, bfloat16 and float16, not {case.dtype}"
+    if case.family == "attention" and (widest := max(case.sizes["D"], case.sizes["Dv"])) > _CUDA_WIDEST_HEAD:
+        return f"the CUDA kernels take head dimensions up to {_CUDA_WIDEST_HEAD}, not {widest}"
+    return None
+
+
 def _cuda_supports(case: Case) -> str | None:
     if _library.cuda_missing is not None:
         return _library.cuda_missing
     if case.device != "cuda":
         return f"it takes CUDA tensors, not {case.device} ones"
-    if case.dtype not in _CUDA_DTYPES:
-        return f"the CUDA kernels take float32, bfloat16 and float16, not {case.dtype}"
-    return _gpu_missing()
+    return _kernels_objection(case) or _gpu_missing()
 
 
 def _simt_supports(case: Case) -> str | None:
@@ -95,9 +103,7 @@ def _simt_supports(case: Case) -> str | None:
         return _library.simt_missing
     if case.device != "cpu":
         return f"it takes CPU tensors, not {case.device} ones"
-    if case.dtype not in _CUDA_DTYPES:
-        return f"the CUDA kernels take float32, bfloat16 and float16, not {case.dtype}"
-    return None
+    return _kernels_objection(case)
 
 
 # (family, backend) -> Implementation. A new backend adds its rows here and its name to ORDER.

@@ -8,27 +8,31 @@ namespace fastnets::cuda {
 namespace {
 
 struct TileShape {
-  int warps, keys, slots;  // a slot is one tile of keys or of values
+  int warps, row_tiles, keys, slots;  // 16 row_tiles queries a warp; a slot is one tile of keys or of values
 };
 
-// By the bytes of a row in shared memory: queries and slots take 48, 96, 96, 96 KB, within the 99 KB that a block may
-// have on 8.6, 8.9 and 12.0.
-constexpr TileShape tile_shape(int row_bytes, bool few) {
-  const TileShape many = row_bytes <= 256   ? TileShape{8, 64, 4}
-                         : row_bytes <= 512 ? TileShape{8, 32, 2}
-                                            : TileShape{4, 16, 2};
-  return few ? TileShape{1, many.keys, row_bytes <= 512 ? 4 : 2} : many;
+// Queries and slots take 48 KB of shared memory where two blocks share a multiprocessor with 100 KB (8.6, 8.9, 12.0),
+// at most 96 KB elsewhere. Warps of 32 queries read every fragment of keys and values for four products instead of two;
+// other arithmetic and options leave no registers for it.
+constexpr TileShape tile_shape(int width, int size, bool general, bool few) {
+  const int row_bytes = width * size;
+  const int keys = row_bytes <= 128 ? 64 : row_bytes <= 512 ? 32 : 16;
+  if (few) return {1, 1, keys, row_bytes <= 512 ? 4 : 2};
+  if (size == 2 && !general && width == 64) return {4, 2, 64, 4};
+  if (size == 2 && !general && width == 128) return {4, 2, 32, 2};
+  return {row_bytes <= 512 ? 8 : 4, 1, keys, row_bytes <= 256 ? 4 : 2};
 }
 
-template <class C, int kWidth, bool few>
+template <class C, int kWidth, bool General, bool few>
 struct Shape {
   using T = typename C::Storage;
-  static constexpr TileShape kShape = tile_shape(kWidth * sizeof(T), few);
-  static constexpr int kWarps = kShape.warps, kKeys = kShape.keys, kSlots = kShape.slots;
-  static constexpr int kThreads = 32 * kWarps, kRows = 16 * kWarps;
+  static constexpr TileShape kShape = tile_shape(kWidth, sizeof(T), General, few);
+  static constexpr int kWarps = kShape.warps, kRowTiles = kShape.row_tiles, kKeys = kShape.keys;
+  static constexpr int kSlots = kShape.slots, kThreads = 32 * kWarps, kWarpRows = 16 * kRowTiles;
+  static constexpr int kRows = kWarpRows * kWarps;
   static constexpr int kColumns = kWidth, kKeyBlocks = kKeys / 8, kColumnBlocks = kWidth / 8;  // accumulators' 8
   static constexpr int kSteps = kWidth / kDepth<C>;                                            // of the depth
-  static constexpr bool kHoldsQueries = kWidth * sizeof(T) <= 256;                             // in registers
+  static constexpr bool kHoldsQueries = kWidth * sizeof(T) * kRowTiles <= 256;                 // in registers
   using Queries = Tile<T, kRows, kWidth>;
   using Keys = Tile<T, kKeys, kWidth>;
   static constexpr size_t kShared = Queries::kBytes + kSlots * Keys::kBytes;
@@ -71,7 +75,7 @@ struct QueryTile {
   }
 };
 
-// One warp's 16 queries, in registers where there is room for them, and their products with a tile of keys.
+// One warp's queries, in registers where there is room for them, and their products with a tile of keys.
 template <class C, class S>
 class Held {
  public:
@@ -81,32 +85,42 @@ class Held {
   __device__ __forceinline__ void load() {
     if constexpr (S::kHoldsQueries) {
 #pragma unroll
-      for (int k = 0; k < S::kSteps; ++k) read_q_.load(held_[k], tile_, row_, k * kDepth<C>);
+      for (int k = 0; k < S::kSteps; ++k) load(held_[k], k);
     }
   }
 
-  __device__ __forceinline__ void multiply_keys(float (&scores)[S::kKeyBlocks][4], typename S::Keys keys, int64_t d) {
+  __device__ __forceinline__ void multiply_keys(float (&scores)[S::kRowTiles][S::kKeyBlocks][4], typename S::Keys keys,
+                                                int64_t d) {
 #pragma unroll
     for (int column = 0; column < S::kColumns; column += kColumnStep) {
       if (column >= d) break;
 #pragma unroll
       for (int k = column / kDepth<C>; k < (column + kColumnStep) / kDepth<C>; ++k) {
-        if constexpr (!S::kHoldsQueries) read_q_.load(held_[0], tile_, row_, k * kDepth<C>);
-        const Fragment<C> a = to_fragment<C>(held_[S::kHoldsQueries ? k : 0]);
+        if constexpr (!S::kHoldsQueries) load(held_[0], k);
+        Fragment<C> a[S::kRowTiles];
+#pragma unroll
+        for (int r = 0; r < S::kRowTiles; ++r) a[r] = to_fragment<C>(held_[S::kHoldsQueries ? k : 0][r]);
 #pragma unroll
         for (int block = 0; block < S::kKeyBlocks; block += 2) {
-          multiply(scores[block], scores[block + 1], a, read_k_(keys, block * 8, k * kDepth<C>));
+          const Fragment<C> b = read_k_(keys, block * 8, k * kDepth<C>);
+#pragma unroll
+          for (int r = 0; r < S::kRowTiles; ++r) multiply(scores[r][block], scores[r][block + 1], a[r], b);
         }
       }
     }
   }
 
  private:
+  __device__ __forceinline__ void load(uint32_t (&registers)[S::kRowTiles][4], int k) {
+#pragma unroll
+    for (int r = 0; r < S::kRowTiles; ++r) read_q_.load(registers[r], tile_, row_ + 16 * r, k * kDepth<C>);
+  }
+
   typename S::Queries tile_;
   int row_;
   const Reader<C, typename S::Queries, Side::kA> read_q_;
   const Reader<C, typename S::Keys, Side::kB> read_k_;
-  uint32_t held_[S::kHoldsQueries ? S::kSteps : 1][4];
+  uint32_t held_[S::kHoldsQueries ? S::kSteps : 1][S::kRowTiles][4];
 };
 
 // Weights that dropout takes become zero; those that stay are not multiplied yet.
@@ -123,22 +137,23 @@ __device__ __forceinline__ void drop(const Plan& plan, Seed seed, int batch, con
   }
 }
 
-// Scores become weights relative to the running maximum; the output and sum so far shrink to match.
+// Scores become weights relative to the running maximum, both in log2 after multiplying with `factor`; the output and
+// sum so far shrink to match.
 template <int Blocks, int Columns>
 __device__ __forceinline__ void absorb(float factor, float (&scores)[Blocks][4], float (&largest)[2], float (&sum)[2],
                                        float (&out)[Columns][4]) {
-  float shift[2], shrink[2];
+  float by[2], shrink[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float top = largest[half];
+    float top = kMinusInfinity;
 #pragma unroll
     for (int block = 0; block < Blocks; ++block) {
       top = fmaxf(top, fmaxf(scores[block][2 * half], scores[block][2 * half + 1]));
     }
     top = fmaxf(top, shuffle_xor(top, 1));
-    top = fmaxf(top, shuffle_xor(top, 2));
-    shift[half] = fastnets::shift(top);
-    shrink[half] = exp2_approx((largest[half] - shift[half]) * factor);
+    top = fmaxf(largest[half], fmaxf(top, shuffle_xor(top, 2)) * factor);
+    by[half] = shift(top);
+    shrink[half] = exp2_approx(largest[half] - by[half]);
     largest[half] = top;
     sum[half] *= shrink[half];
   }
@@ -146,7 +161,7 @@ __device__ __forceinline__ void absorb(float factor, float (&scores)[Blocks][4],
   for (int block = 0; block < Blocks; ++block) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      scores[block][e] = exp2_approx((scores[block][e] - shift[e / 2]) * factor);
+      scores[block][e] = exp2_approx(fmaf(scores[block][e], factor, -by[e / 2]));
       sum[e / 2] += scores[block][e];
     }
   }
@@ -160,13 +175,14 @@ __device__ __forceinline__ void absorb(float factor, float (&scores)[Blocks][4],
 }
 
 template <class C, int kWidth, bool General, bool few>
-__global__ void __launch_bounds__(Shape<C, kWidth, few>::kThreads) forward(AttentionForward p, Plan plan, Deal deal) {
-  using S = Shape<C, kWidth, few>;
+__global__ void __launch_bounds__(Shape<C, kWidth, General, few>::kThreads, 1)
+    forward(AttentionForward p, Plan plan, Deal deal) {
+  using S = Shape<C, kWidth, General, few>;
   using T = typename C::Storage;
   using Queries = typename S::Queries;
   using Keys = typename S::Keys;
   DYNAMIC_SHARED(memory);
-  const int thread = threadIdx.x, warp = thread / 32, own = warp * 16;
+  const int thread = threadIdx.x, own = thread / 32 * S::kWarpRows;
 
   // Which tile: the splits of a tile side by side, then the tiles of a head, whose keys and values stay in the cache.
   int64_t unit = blockIdx.x;
@@ -217,21 +233,25 @@ __global__ void __launch_bounds__(Shape<C, kWidth, few>::kThreads) forward(Atten
   }
 
   const Reader<C, Keys, Side::kB, true, Order::kPaired> read_v;
-  const int first_key = tile.first_key(own), last_key = tile.last_key(own, 16);
-  const int rows[2] = {own + thread % 32 / 4, own + thread % 32 / 4 + 8};
-  const int i[2] = {tile.query(rows[0]), tile.query(rows[1])};
-  Query query[2] = {};
-  Seed seed = {};
-  if constexpr (General) {
+  const int first_key = tile.first_key(own), last_key = tile.last_key(own, S::kWarpRows);
+  int rows[S::kRowTiles][2], i[S::kRowTiles][2];
+  Query query[S::kRowTiles][2] = {};
 #pragma unroll
-    for (int half = 0; half < 2; ++half) query[half] = query_of(p, s, tile.head_of(rows[half]), i[half]);
-    seed = seed_of(p);
+  for (int r = 0; r < S::kRowTiles; ++r) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      rows[r][half] = own + 16 * r + thread % 32 / 4 + 8 * half;
+      i[r][half] = tile.query(rows[r][half]);
+      if constexpr (General) query[r][half] = query_of(p, s, tile.head_of(rows[r][half]), i[r][half]);
+    }
   }
+  const Seed seed = General ? seed_of(p) : Seed{};
   const float factor = General ? 1.0f : plan.factor;
 
   Held<C, S> held(queries, own);
-  float out[S::kColumnBlocks][4] = {};
-  float largest[2] = {kMinusInfinity, kMinusInfinity}, sum[2] = {};
+  float out[S::kRowTiles][S::kColumnBlocks][4] = {}, largest[S::kRowTiles][2], sum[S::kRowTiles][2] = {};
+#pragma unroll
+  for (int r = 0; r < S::kRowTiles; ++r) largest[r][0] = largest[r][1] = kMinusInfinity;
   for (int n = 0; n < count; ++n) {
     const int j0 = (begin + n) * S::kKeys;
     const bool needed = j0 < last_key && j0 + S::kKeys > first_key;  // by this warp
@@ -239,14 +259,18 @@ __global__ void __launch_bounds__(Shape<C, kWidth, few>::kThreads) forward(Atten
     __syncthreads();
     fetch(p.v, plan.width_v, p.dv, 2 * n + S::kSlots - 1);
     if (n == 0) held.load();
-    float scores[S::kKeyBlocks][4] = {};
+    float scores[S::kRowTiles][S::kKeyBlocks][4] = {};
     if (needed) {
       held.multiply_keys(scores, slot(2 * n), p.d);
-      if constexpr (General) finish_scores<T>(p, plan, s, query, j0, scores);
-      if (!tile.sees_all(own, 16, j0, S::kKeys)) hide(s, i, j0, scores);
-      absorb(factor, scores, largest, sum, out);
-      if constexpr (General) {
-        if (p.dropout != 0) drop(plan, seed, s.batch, query, j0, scores);
+      const bool hidden = !tile.sees_all(own, S::kWarpRows, j0, S::kKeys);
+#pragma unroll
+      for (int r = 0; r < S::kRowTiles; ++r) {
+        if constexpr (General) finish_scores<T>(p, plan, s, query[r], j0, scores[r]);
+        if (hidden) hide(s, i[r], j0, scores[r]);
+        absorb(factor, scores[r], largest[r], sum[r], out[r]);
+        if constexpr (General) {
+          if (p.dropout != 0) drop(plan, seed, s.batch, query[r], j0, scores[r]);
+        }
       }
     }
     copy_async_wait<S::kSlots - 2>();
@@ -259,10 +283,14 @@ __global__ void __launch_bounds__(Shape<C, kWidth, few>::kThreads) forward(Atten
         if (column >= p.dv) break;
 #pragma unroll
         for (int k = 0; k < S::kKeys; k += kDepth<C>) {
-          const Fragment<C> a = accumulators_as_a<C>(scores + k / 8);
+          Fragment<C> a[S::kRowTiles];
+#pragma unroll
+          for (int r = 0; r < S::kRowTiles; ++r) a[r] = accumulators_as_a<C>(scores[r] + k / 8);
 #pragma unroll
           for (int c = column; c < column + kColumnStep; c += 16) {
-            multiply(out[c / 8], out[c / 8 + 1], a, read_v(values, k, c));
+            const Fragment<C> b = read_v(values, k, c);
+#pragma unroll
+            for (int r = 0; r < S::kRowTiles; ++r) multiply(out[r][c / 8], out[r][c / 8 + 1], a[r], b);
           }
         }
       }
@@ -271,35 +299,34 @@ __global__ void __launch_bounds__(Shape<C, kWidth, few>::kThreads) forward(Atten
   copy_async_wait_all();  // none may arrive after the block's end
 
   T* const result = static_cast<T*>(p.out.data);
-  const bool wide = plan.wide_out;
+  const int columns = static_cast<int>(p.dv);
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    float total = sum[half] + shuffle_xor(sum[half], 1);
+  for (int x = 0; x < 2 * S::kRowTiles; ++x) {
+    const int r = x / 2, half = x % 2;
+    float total = sum[r][half] + shuffle_xor(sum[r][half], 1);
     total += shuffle_xor(total, 2);
-    const bool exists = tile.exists(rows[half]);
-    const int row = exists ? rows[half] : 0;  // whose address can be computed
-    const int64_t at = tile.at_lse(row);
+    const bool exists = tile.exists(rows[r][half]);
+    const int row = exists ? rows[r][half] : 0;  // whose address can be computed
     // In log2, as the scores are: the backward pass finds a weight of 1 again.
-    const float lse = total == 0.0f ? kMinusInfinity : largest[half] * factor + log2f(total);
+    const float lse = total == 0.0f ? kMinusInfinity : largest[r][half] + log2f(total);
     const float inverse = total == 0.0f ? 0.0f : (General ? plan.kept : 1.0f) / total;
 #pragma unroll
     for (int block = 0; block < S::kColumnBlocks; ++block) {
-      out[block][2 * half] *= inverse;
-      out[block][2 * half + 1] *= inverse;
+      out[r][block][2 * half] *= inverse;
+      out[r][block][2 * half + 1] *= inverse;
     }
-    const int64_t partial = split * (p.starts_q == nullptr ? p.batch : 1) * p.heads * p.lq + at;
+    const int64_t at = tile.at_lse(row), partial = int64_t{split} * p.batch * p.heads * p.lq + at;
     if (thread % 4 == 0 && exists) {
       store_global(deal.partial != nullptr ? deal.partial_lse + partial : static_cast<float*>(p.lse) + at, lse);
     }
 #pragma unroll
     for (int block = 0; block < S::kColumnBlocks; block += 2) {
-      if (block * 8 >= p.dv) break;
-      const float *left = &out[block][2 * half], *right = &out[block + 1][2 * half];
+      if (block * 8 >= columns) break;
+      const float *left = &out[r][block][2 * half], *right = &out[r][block + 1][2 * half];
       if (deal.partial != nullptr) {
-        store_pair(deal.partial + partial * p.dv, block * 8, static_cast<int>(p.dv), exists, p.dv % 2 == 0, left,
-                   right);
+        store_pair(deal.partial + partial * columns, block * 8, columns, exists, columns % 2 == 0, left, right);
       } else {
-        store_pair(result + tile.at(p.out, row), block * 8, static_cast<int>(p.dv), exists, wide, left, right);
+        store_pair(result + tile.at(p.out, row), block * 8, columns, exists, plan.wide_out, left, right);
       }
     }
   }
@@ -337,8 +364,9 @@ __global__ void __launch_bounds__(kCombineThreads) combine(AttentionForward p, D
 
 // The softmax weights of a tile of queries and a share of the keys, from the rows' log-sum-exp.
 template <class C, int kWidth>
-__global__ void __launch_bounds__(Shape<C, kWidth, false>::kThreads) weights(AttentionWeights p, Plan plan, Deal deal) {
-  using S = Shape<C, kWidth, false>;
+__global__ void __launch_bounds__(Shape<C, kWidth, true, false>::kThreads, 1)
+    weights(AttentionWeights p, Plan plan, Deal deal) {
+  using S = Shape<C, kWidth, true, false>;
   using T = typename C::Storage;
   using Queries = typename S::Queries;
   using Keys = typename S::Keys;
@@ -394,9 +422,10 @@ __global__ void __launch_bounds__(Shape<C, kWidth, false>::kThreads) weights(Att
     __syncthreads();
     fetch(n + S::kSlots - 1);
     if (n == 0) held.load();
-    float scores[S::kKeyBlocks][4] = {};
+    float products[1][S::kKeyBlocks][4] = {};
+    float (&scores)[S::kKeyBlocks][4] = products[0];
     if (j0 < last_key && j0 + S::kKeys > first_key) {
-      held.multiply_keys(scores, slot(n), p.d);
+      held.multiply_keys(products, slot(n), p.d);
       finish_scores<T>(p, plan, s, query, j0, scores);
       if (!tile.sees_all(own, 16, j0, S::kKeys)) hide(s, i, j0, scores);
 #pragma unroll
@@ -429,6 +458,10 @@ int splits_of(int64_t tiles, int64_t lk, int keys) {
       std::clamp<int64_t>(multiprocessors() / tiles, 1, std::max<int64_t>(1, lk / (keys * kLeastBlocks))));
 }
 
+// Where memory bounds the time, TF32 gains nothing.
+template <class C>
+using Exact = std::conditional_t<std::is_same_v<C, Tf32>, Fp32, C>;
+
 // How a call is dealt out. Queries that do not fill a tile share it with the other heads of their keys.
 template <class C, int kWidth>
 struct Dealing {
@@ -437,8 +470,9 @@ struct Dealing {
   int64_t blocks;
 
   explicit Dealing(const AttentionForward& p) {
-    using Many = Shape<C, kWidth, false>;
-    using Few = Shape<C, kWidth, true>;
+    using Many = Shape<C, kWidth, true, false>;
+    using Few = Shape<Exact<C>, kWidth, true, true>;
+    static_assert(Many::kRows == Shape<C, kWidth, false, false>::kRows);
     deal.pack = p.starts_q == nullptr && p.lq < Many::kRows / 2 ? static_cast<int>(p.groups) : 1;
     few = p.starts_q == nullptr && p.lq * deal.pack <= Few::kRows;
     const int size = few ? Few::kRows : Many::kRows;
@@ -468,9 +502,9 @@ void with_dealing(const AttentionForward& p, F&& f) {
   });
 }
 
-template <class C, int kWidth, bool General, bool few, class Parameters>
-void launch_forward(const Parameters& p, const Plan& plan, const Deal& deal, int64_t blocks, Stream stream) {
-  using S = Shape<C, kWidth, few>;
+template <class C, int kWidth, bool General, bool few>
+void launch_forward(const AttentionForward& p, const Plan& plan, const Deal& deal, int64_t blocks, Stream stream) {
+  using S = Shape<C, kWidth, General, few>;
   launch({"attention_forward", blocks_of(blocks), S::kThreads, stream, S::kShared}, forward<C, kWidth, General, few>, p,
          plan, deal);
 }
@@ -496,7 +530,7 @@ void attention_forward(const AttentionForward& p, void* workspace, Stream stream
       deal.partial_lse = deal.partial + dealing.partial_rows(p) * p.dv;
     }
     if (dealing.few) {
-      launch_forward<C, kWidth, true, true>(p, plan, deal, dealing.blocks, stream);
+      launch_forward<Exact<C>, kWidth, true, true>(p, plan, deal, dealing.blocks, stream);
     } else if (is_plain(p)) {
       launch_forward<C, kWidth, false, false>(p, plan, deal, dealing.blocks, stream);
     } else {
@@ -514,9 +548,9 @@ void attention_forward(const AttentionForward& p, void* workspace, Stream stream
 void attention_weights(const AttentionWeights& p, Stream stream) {
   with_arithmetic(p, [&](auto arithmetic) {
     with_width(p.d, [&](auto width) {
-      using C = decltype(arithmetic);
+      using C = Exact<decltype(arithmetic)>;
       constexpr int kWidth = decltype(width)::value;
-      using S = Shape<C, kWidth, false>;
+      using S = Shape<C, kWidth, true, false>;
       Plan plan = plan_of(p);
       plan.wide_out = p.lk * sizeof(typename C::Storage) % 8 == 0;
       Deal deal{};

@@ -8,7 +8,6 @@
 #include <cmath>
 #include <stdexcept>
 
-#include "kernels.h"
 #include "launch.h"
 #include "reduce.h"
 #include "tile.h"

@@ -86,7 +86,7 @@ template <int Threads, int Bytes, class TileType, class T, class RowOf>
 __device__ __forceinline__ void copy_tile(TileType tile, int thread, int columns, const T* any, const RowOf& row_of) {
   constexpr int kElements = Bytes == 0 ? 1 : Bytes / static_cast<int>(sizeof(T));
   constexpr int kPieces = TileType::kColumns / kElements, kTotal = TileType::kRows * kPieces;
-#pragma unroll(Bytes == 16 ? 16 : 1)  // the other widths are for odd strides
+#pragma unroll(Bytes == 16 ? 4 : 1)  // the other widths are for odd strides
   for (int first = 0; first < kTotal; first += Threads) {
     const int i = first + thread;
     if (kTotal % Threads != 0 && i >= kTotal) break;

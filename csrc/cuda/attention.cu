@@ -7,32 +7,39 @@
 namespace fastnets::cuda {
 namespace {
 
+// What a kernel is for: scores that are the products alone; with every option; of so few queries that memory bounds the
+// time, with every option; the softmax weights.
+enum class Use { kPlain, kGeneral, kFew, kWeights };
+
 struct TileShape {
-  int warps, row_tiles, keys, slots;  // 16 row_tiles queries a warp; a slot is one tile of keys or of values
+  int warps, row_tiles, parts;  // 16 row_tiles queries a warp; `parts` warps share them and divide the output's columns
+  int keys, slots;              // a slot is one tile of keys or of values
 };
 
 // Queries and slots take 48 KB of shared memory where two blocks share a multiprocessor with 100 KB (8.6, 8.9, 12.0),
 // at most 96 KB elsewhere. Warps of 32 queries read every fragment of keys and values for four products instead of two;
-// other arithmetic and options leave no registers for it.
-constexpr TileShape tile_shape(int width, int size, bool general, bool few) {
+// other arithmetic and options leave no registers for it. 256 columns of output and the options would spill.
+constexpr TileShape tile_shape(int width, int size, Use use) {
   const int row_bytes = width * size;
   const int keys = row_bytes <= 128 ? 64 : row_bytes <= 512 ? 32 : 16;
-  if (few) return {1, 1, keys, row_bytes <= 512 ? 4 : 2};
-  if (size == 2 && !general && width == 64) return {4, 2, 64, 4};
-  if (size == 2 && !general && width == 128) return {4, 2, 32, 2};
-  return {row_bytes <= 512 ? 8 : 4, 1, keys, row_bytes <= 256 ? 4 : 2};
+  if (use == Use::kFew) return {1, 1, 1, keys, row_bytes <= 512 ? 4 : 2};
+  if (use == Use::kPlain && row_bytes == 128) return {4, 2, 1, 64, 4};
+  if (use == Use::kPlain && row_bytes == 256 && size == 2) return {4, 2, 1, 32, 2};
+  if (use == Use::kGeneral && width == 256) return {8, 1, 2, keys, 2};
+  return {row_bytes <= 512 ? 8 : 4, 1, 1, keys, row_bytes <= 256 ? 4 : 2};
 }
 
-template <class C, int kWidth, bool General, bool few>
+template <class C, int kWidth, Use use>
 struct Shape {
   using T = typename C::Storage;
-  static constexpr TileShape kShape = tile_shape(kWidth, sizeof(T), General, few);
-  static constexpr int kWarps = kShape.warps, kRowTiles = kShape.row_tiles, kKeys = kShape.keys;
-  static constexpr int kSlots = kShape.slots, kThreads = 32 * kWarps, kWarpRows = 16 * kRowTiles;
-  static constexpr int kRows = kWarpRows * kWarps;
-  static constexpr int kColumns = kWidth, kKeyBlocks = kKeys / 8, kColumnBlocks = kWidth / 8;  // accumulators' 8
-  static constexpr int kSteps = kWidth / kDepth<C>;                                            // of the depth
-  static constexpr bool kHoldsQueries = kWidth * sizeof(T) * kRowTiles <= 256;                 // in registers
+  static constexpr TileShape kShape = tile_shape(kWidth, sizeof(T), use);
+  static constexpr int kWarps = kShape.warps, kRowTiles = kShape.row_tiles, kParts = kShape.parts;
+  static constexpr int kKeys = kShape.keys, kSlots = kShape.slots;
+  static constexpr int kThreads = 32 * kWarps, kWarpRows = 16 * kRowTiles, kRows = kWarpRows * kWarps / kParts;
+  static constexpr int kPartColumns = kWidth / kParts;
+  static constexpr int kColumns = kWidth, kKeyBlocks = kKeys / 8, kColumnBlocks = kPartColumns / 8;  // accumulators' 8
+  static constexpr int kSteps = kWidth / kDepth<C>;                                                  // of the depth
+  static constexpr bool kHoldsQueries = kWidth * sizeof(T) * kRowTiles <= 256;                       // in registers
   using Queries = Tile<T, kRows, kWidth>;
   using Keys = Tile<T, kKeys, kWidth>;
   static constexpr size_t kShared = Queries::kBytes + kSlots * Keys::kBytes;
@@ -174,15 +181,17 @@ __device__ __forceinline__ void absorb(float factor, float (&scores)[Blocks][4],
   }
 }
 
-template <class C, int kWidth, bool General, bool few>
-__global__ void __launch_bounds__(Shape<C, kWidth, General, few>::kThreads, 1)
+template <class C, int kWidth, Use use>
+__global__ void __launch_bounds__(Shape<C, kWidth, use>::kThreads, 1)
     forward(AttentionForward p, Plan plan, Deal deal) {
-  using S = Shape<C, kWidth, General, few>;
+  constexpr bool General = use != Use::kPlain;
+  using S = Shape<C, kWidth, use>;
   using T = typename C::Storage;
   using Queries = typename S::Queries;
   using Keys = typename S::Keys;
   DYNAMIC_SHARED(memory);
-  const int thread = threadIdx.x, own = thread / 32 * S::kWarpRows;
+  const int thread = threadIdx.x, warp = thread / 32;
+  const int own = warp / S::kParts * S::kWarpRows, first_column = warp % S::kParts * S::kPartColumns;
 
   // Which tile: the splits of a tile side by side, then the tiles of a head, whose keys and values stay in the cache.
   int64_t unit = blockIdx.x;
@@ -277,10 +286,12 @@ __global__ void __launch_bounds__(Shape<C, kWidth, General, few>::kThreads, 1)
     __syncthreads();
     fetch(p.k, plan.width_k, p.d, 2 * n + S::kSlots);
     if (needed) {
-      const Keys values = slot(2 * n + 1);
+      // Whole multiples of 128 bytes, within which chunks change places.
+      static_assert(S::kParts == 1 || S::kPartColumns * sizeof(T) % 128 == 0);
+      const Keys values(slot(2 * n + 1).data + first_column * sizeof(T));
 #pragma unroll
-      for (int column = 0; column < kWidth; column += kColumnStep) {
-        if (column >= p.dv) break;
+      for (int column = 0; column < S::kPartColumns; column += kColumnStep) {
+        if (first_column + column >= p.dv) break;
 #pragma unroll
         for (int k = 0; k < S::kKeys; k += kDepth<C>) {
           Fragment<C> a[S::kRowTiles];
@@ -316,17 +327,18 @@ __global__ void __launch_bounds__(Shape<C, kWidth, General, few>::kThreads, 1)
       out[r][block][2 * half + 1] *= inverse;
     }
     const int64_t at = tile.at_lse(row), partial = int64_t{split} * p.batch * p.heads * p.lq + at;
-    if (thread % 4 == 0 && exists) {
+    if (thread % 4 == 0 && exists && first_column == 0) {
       store_global(deal.partial != nullptr ? deal.partial_lse + partial : static_cast<float*>(p.lse) + at, lse);
     }
 #pragma unroll
     for (int block = 0; block < S::kColumnBlocks; block += 2) {
-      if (block * 8 >= columns) break;
+      const int column = first_column + block * 8;
+      if (column >= columns) break;
       const float *left = &out[r][block][2 * half], *right = &out[r][block + 1][2 * half];
       if (deal.partial != nullptr) {
-        store_pair(deal.partial + partial * columns, block * 8, columns, exists, columns % 2 == 0, left, right);
+        store_pair(deal.partial + partial * columns, column, columns, exists, columns % 2 == 0, left, right);
       } else {
-        store_pair(result + tile.at(p.out, row), block * 8, columns, exists, plan.wide_out, left, right);
+        store_pair(result + tile.at(p.out, row), column, columns, exists, plan.wide_out, left, right);
       }
     }
   }
@@ -364,9 +376,9 @@ __global__ void __launch_bounds__(kCombineThreads) combine(AttentionForward p, D
 
 // The softmax weights of a tile of queries and a share of the keys, from the rows' log-sum-exp.
 template <class C, int kWidth>
-__global__ void __launch_bounds__(Shape<C, kWidth, true, false>::kThreads, 1)
+__global__ void __launch_bounds__(Shape<C, kWidth, Use::kWeights>::kThreads, 1)
     weights(AttentionWeights p, Plan plan, Deal deal) {
-  using S = Shape<C, kWidth, true, false>;
+  using S = Shape<C, kWidth, Use::kWeights>;
   using T = typename C::Storage;
   using Queries = typename S::Queries;
   using Keys = typename S::Keys;
@@ -465,20 +477,23 @@ using Exact = std::conditional_t<std::is_same_v<C, Tf32>, Fp32, C>;
 // How a call is dealt out. Queries that do not fill a tile share it with the other heads of their keys.
 template <class C, int kWidth>
 struct Dealing {
-  bool few;
+  Use use;
   Deal deal{};
   int64_t blocks;
 
   explicit Dealing(const AttentionForward& p) {
-    using Many = Shape<C, kWidth, true, false>;
-    using Few = Shape<Exact<C>, kWidth, true, true>;
-    static_assert(Many::kRows == Shape<C, kWidth, false, false>::kRows);
-    deal.pack = p.starts_q == nullptr && p.lq < Many::kRows / 2 ? static_cast<int>(p.groups) : 1;
-    few = p.starts_q == nullptr && p.lq * deal.pack <= Few::kRows;
-    const int size = few ? Few::kRows : Many::kRows;
-    deal.tiles = tiles_of(p.starts_q, p.lq * deal.pack, p.batch, size);
+    using Plain = Shape<C, kWidth, Use::kPlain>;
+    using General = Shape<C, kWidth, Use::kGeneral>;
+    using Few = Shape<Exact<C>, kWidth, Use::kFew>;
+    const bool plain = is_plain(p);
+    int rows = plain ? Plain::kRows : General::kRows;
+    deal.pack = p.starts_q == nullptr && p.lq < rows / 2 ? static_cast<int>(p.groups) : 1;
+    const bool few = p.starts_q == nullptr && p.lq * deal.pack <= Few::kRows;
+    use = few ? Use::kFew : plain ? Use::kPlain : Use::kGeneral;
+    if (few) rows = Few::kRows;
+    deal.tiles = tiles_of(p.starts_q, p.lq * deal.pack, p.batch, rows);
     blocks = deal.tiles * (p.heads / deal.pack);
-    deal.splits = p.starts_q == nullptr ? splits_of(blocks, p.lk, Many::kKeys) : 1;
+    deal.splits = p.starts_q == nullptr ? splits_of(blocks, p.lk, General::kKeys) : 1;
     blocks *= deal.splits;
   }
 
@@ -502,11 +517,11 @@ void with_dealing(const AttentionForward& p, F&& f) {
   });
 }
 
-template <class C, int kWidth, bool General, bool few>
+template <class C, int kWidth, Use use>
 void launch_forward(const AttentionForward& p, const Plan& plan, const Deal& deal, int64_t blocks, Stream stream) {
-  using S = Shape<C, kWidth, General, few>;
-  launch({"attention_forward", blocks_of(blocks), S::kThreads, stream, S::kShared}, forward<C, kWidth, General, few>, p,
-         plan, deal);
+  using S = Shape<C, kWidth, use>;
+  launch({"attention_forward", blocks_of(blocks), S::kThreads, stream, S::kShared}, forward<C, kWidth, use>, p, plan,
+         deal);
 }
 
 }  // namespace
@@ -529,12 +544,10 @@ void attention_forward(const AttentionForward& p, void* workspace, Stream stream
       deal.partial = static_cast<float*>(workspace);
       deal.partial_lse = deal.partial + dealing.partial_rows(p) * p.dv;
     }
-    if (dealing.few) {
-      launch_forward<Exact<C>, kWidth, true, true>(p, plan, deal, dealing.blocks, stream);
-    } else if (is_plain(p)) {
-      launch_forward<C, kWidth, false, false>(p, plan, deal, dealing.blocks, stream);
-    } else {
-      launch_forward<C, kWidth, true, false>(p, plan, deal, dealing.blocks, stream);
+    switch (dealing.use) {
+      case Use::kPlain: launch_forward<C, kWidth, Use::kPlain>(p, plan, deal, dealing.blocks, stream); break;
+      case Use::kGeneral: launch_forward<C, kWidth, Use::kGeneral>(p, plan, deal, dealing.blocks, stream); break;
+      default: launch_forward<Exact<C>, kWidth, Use::kFew>(p, plan, deal, dealing.blocks, stream);
     }
     if (deal.splits > 1) {
       constexpr int kRows = kCombineThreads / 32;
@@ -550,7 +563,7 @@ void attention_weights(const AttentionWeights& p, Stream stream) {
     with_width(p.d, [&](auto width) {
       using C = Exact<decltype(arithmetic)>;
       constexpr int kWidth = decltype(width)::value;
-      using S = Shape<C, kWidth, true, false>;
+      using S = Shape<C, kWidth, Use::kWeights>;
       Plan plan = plan_of(p);
       plan.wide_out = p.lk * sizeof(typename C::Storage) % 8 == 0;
       Deal deal{};

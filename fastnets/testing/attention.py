@@ -191,6 +191,13 @@ CASES = [
         window_size=(20, 0),
         dropout_p=0.2,
     ),
+    # Every length beside a tile's bounds, every width of tiles.
+    *(_case(f"L{length} D64, causal", (1, 1, 1, length, length, 64, 64), is_causal=True) for length in (17, 127, 129)),
+    _case("L1000 D8", _square(1, 1, 1000, 8), quick=False),
+    *(_case(f"L33x70 D{width}", (1, 2, 1, 33, 70, width, width)) for width in (40, 96, 128, 192, 256)),
+    _ours("L33x70 D192, Dv 128, bias, soft cap", (1, 2, 2, 33, 70, 192, 128), (33, 70), softcap=5.0),
+    _ours("L33x70 D256, window, ALiBi", (1, 2, 2, 33, 70, 256, 256), slopes=True, window_size=(20, 10)),
+    _case("L1x1000 D128, 8 heads on 2", (1, 8, 2, 1, 1000, 128, 128)),
     # What docs/benchmarks times against torch.
     _case("B8 H8 L128 D64", _square(8, 8, 128), quick=False, benchmark=_FLOAT32),
     _case("B1 H8 L1024 D64", _square(1, 8, 1024), quick=False, benchmark=_BOTH),

@@ -13,7 +13,8 @@ template <class C, int kWidth>
 struct MaskShape : BackwardShape<C, kWidth> {
   using S = BackwardShape<C, kWidth>;
   static constexpr int kThreads = 32 * (S::kRows / 16);
-  static constexpr int kPitch = S::kStreamed + 8;  // of the tile's sums: stores and sums along rows meet no conflict
+  static constexpr int kPitch =
+      (S::kStreamed + 31) / 32 * 32 + 8;  // of the tile's sums: stores and sums along rows meet no conflict
   static constexpr size_t kTiles = 2 * (S::OwnTile::kBytes + S::StreamedTile::kBytes);
   static constexpr size_t kShared = std::max(kTiles, S::kRows * kPitch * sizeof(float));
 };
@@ -129,14 +130,16 @@ __global__ void __launch_bounds__(MaskShape<C, kWidth>::kThreads, 1)
   const bool one_row = p.mask_sizes[2] == 1, one_key = p.mask_sizes[3] == 1;
   const int height = one_row ? 1 : S::kRows, across = one_key ? 1 : S::kStreamed;
   for (int n = threadIdx.x; n < height * across; n += S::kThreads) {
-    const int r = n / across, c = n % across;
+    int r = n / across, c = n % across;
+    // Where a warp reads two rows of 16, they are two apart: in different banks.
+    if (S::kStreamed == 16 && !one_key) r = (r & ~3) | (r & 1) << 1 | (r >> 1 & 1);
     const int64_t i = own[2] * S::kRows + r, j = own[3] * S::kStreamed + c;
     if (i >= p.mask_sizes[2] || j >= p.mask_sizes[3]) continue;
     float total = 0.0f;
     for (int a = 0; a < (one_row ? S::kRows : 1); ++a) {
       for (int b = 0; b < (one_key ? S::kStreamed : 1); ++b) {
         // Along rows every thread begins elsewhere: in a bank of its own.
-        total += load_shared(sums + (r + a) * S::kPitch + (one_key ? (b + r) % S::kStreamed : c));
+        total += load_shared(sums + (r + a) * S::kPitch + (one_key ? (b + r / 4) % S::kStreamed : c));
       }
     }
     const int64_t element = ((own[0] * p.mask_sizes[1] + own[1]) * p.mask_sizes[2] + i) * p.mask_sizes[3] + j;

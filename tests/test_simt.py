@@ -136,6 +136,7 @@ def test_a_flag_hands_a_value_to_other_blocks(kernels, seed):
         ("early_return", r"thread 5 returned while lanes of its warp wait.*__syncwarp.*kernels.cu:\d+"),
         ("poll", r"livelock.*threads 0-31 poll at .*kernels.cu:\d+"),
         ("misaligned", r"access of 16 bytes is not aligned \(.*kernels.cu:\d+\)"),
+        ("leaves_early", r"returns before its copies to shared memory have come \(.*kernels.cu:\d+\)"),
         ("not_cooperative", r"needs a cooperative launch \(.*kernels.cu:\d+\)"),
         ("too_much_shared", r"asks for 102400 bytes of shared memory, more than the 101376"),
         ("too_many_threads", r"1 to 1024 threads, not 2048"),

@@ -213,6 +213,7 @@ void finish() {
            m.at);
     }
   }
+  if (!self.copies.empty()) fail("the thread returns before its copies to shared memory have come", self.copies[0].at);
   self.done = true;
   warp.live &= ~(1u << self.lane);
   if (warp.live == 0) converge(warp);

@@ -82,7 +82,7 @@ enum class Reduction { kAdd, kMin, kMax, kAnd, kOr, kXor };
 int64_t reduce(const char* what, uint32_t mask, int64_t value, Reduction how, Where at);
 
 // cp.async: `valid` bytes from `source` and zeros up to `bytes` reach `target` when the thread waits for their group;
-// until then `target` holds NaN.
+// until then `target` holds NaN. A thread must not return before.
 void copy_async(void* target, const void* source, unsigned bytes, unsigned valid, Where at);
 void copy_async_commit();
 void copy_async_wait(unsigned pending);  // until at most so many of the committed groups are under way

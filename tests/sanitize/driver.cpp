@@ -126,7 +126,6 @@ void expect(bool holds, const std::string& what) {
 }  // namespace sanitize
 
 int main(int count, char** arguments) {
-  constexpr unsigned kBlocks = 2;  // of a grid that strides: one block has several pieces of work
   std::string match;
   uint64_t seeds = 1;
   for (int i = 1; i + 1 < count; i += 2) {
@@ -139,7 +138,6 @@ int main(int count, char** arguments) {
   }
   sanitize::Cases cases;
   sanitize::add_cases(cases);
-  simt::set_grid_limit(kBlocks);
   size_t passed = 0;
   for (uint64_t seed = 0; seed < seeds; ++seed) {
     simt::set_seed(seed);

@@ -149,6 +149,12 @@ __global__ void reads_unset(float* y) {
   store_global(y + threadIdx.x, load_shared(&values[threadIdx.x]));
 }
 
+__global__ void leaves_early(const float* x) {
+  SHARED_ARRAY(float, values, 128);
+  copy_async<16>(&values[threadIdx.x * 4], x + threadIdx.x * 4);
+  copy_async_commit();
+}
+
 // Each thread takes a ticket: their order is the schedule.
 __global__ void tickets(int* counter, int* order) { store_global(order + threadIdx.x, atomicAdd(counter, 1)); }
 
@@ -226,6 +232,7 @@ const std::map<std::string, std::function<void(float*)>> kNamed = {
     {"early_return", [](float*) { launch({"early_return", 1, 32, nullptr}, early_return); }},
     {"poll", [](float* y) { launch({"poll", 1, 32, nullptr}, poll, reinterpret_cast<uint32_t*>(y)); }},
     {"misaligned", [](float* y) { launch({"misaligned", 1, 1, nullptr}, misaligned, y, y); }},
+    {"leaves_early", [](float* y) { launch({"leaves_early", 1, 32, nullptr}, leaves_early, y); }},
     {"reads_unset", [](float* y) { launch({"reads_unset", 1, 32, nullptr}, reads_unset, y); }},
     {"not_cooperative", [](float* y) { launch({"r", 1, 256, nullptr, 256}, recurrence<kNone>, y, y, 8, 1); }},
     {"too_much_shared", [](float* y) { launch({"reads_unset", 1, 32, nullptr, 100 << 10}, reads_unset, y); }},

@@ -6,13 +6,15 @@ FASTNETS_STATEMENT(number, call) of tests/sanitize/mutant.h, and a program leave
 
 import json
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 REDUNDANT = HERE / "sanitize" / "redundant.json"
+
+NOTHING = -1
+"""In place of a statement's number: none is left out."""
 
 CALLS = (
     "__syncthreads",
@@ -115,19 +117,3 @@ def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists() or path.read_text() != text:
         path.write_text(text)
-
-
-def included(paths: Iterable[Path]) -> set[str]:
-    """The files, from the root, that sources include, and they themselves."""
-    found: set[str] = set()
-    waiting = list(paths)
-    while waiting:
-        path = waiting.pop().resolve()
-        name = str(path.relative_to(ROOT))
-        if name in found:
-            continue
-        found.add(name)
-        for include in re.findall(r'^#include "([^"]+)"', path.read_text(), re.MULTILINE):
-            near, from_csrc = path.parent / include, ROOT / "csrc" / include
-            waiting += [candidate for candidate in (near, from_csrc) if candidate.exists()][:1]
-    return found

@@ -9,6 +9,7 @@ tests/sanitize/redundant.json with the proof that it may be missing.
 
 import argparse
 import concurrent.futures
+import functools
 import json
 import os
 import shutil
@@ -25,18 +26,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from fastnets.cli._machine_code import included
+
 ROOT = mutants.ROOT
 DRIVERS = mutants.HERE / "sanitize"
 OUTPUT = ROOT / "build" / "sanitize"
-MUTATED = "mutants"
-"""The folder of the mutated copy, below OUTPUT."""
+COPY = OUTPUT / "source"
+"""The sources with a number at every statement that can be left out; what all programs are built from."""
 
 SCHEDULES = 8
 TIME_LIMIT = 600
 """Seconds that one run may take; one that takes longer has found an endless loop."""
-
-NOTHING = -1
-"""In place of a statement's number: the mutated copy, whole."""
 
 ENVIRONMENT = {
     "TSAN_OPTIONS": "halt_on_error=1:exitcode=66",
@@ -51,18 +51,13 @@ class Run(NamedTuple):
     family: str
     mode: str
     schedules: int
-    removed: int | None = None
-    """The statement of the mutated copy that is left out; None runs the kernels as they are."""
-
-    @property
-    def program(self) -> Path:
-        folder = OUTPUT if self.removed is None else OUTPUT / MUTATED
-        return folder / f"{self.family}.{self.mode}"
+    removed: int = mutants.NOTHING
+    """The number of the statement that is left out."""
 
     @property
     def command(self) -> list[str]:
-        removal = [] if self.removed is None else ["--remove", str(self.removed)]
-        return [str(self.program), "--seeds", str(self.schedules), *removal]
+        program = OUTPUT / f"{self.family}.{self.mode}"
+        return [str(program), "--seeds", str(self.schedules), "--remove", str(self.removed)]
 
 
 class Outcome(NamedTuple):
@@ -103,9 +98,9 @@ def build(runs: Iterable[Run], jobs: int) -> None:
     Raises:
         subprocess.CalledProcessError: the compiler's message has been printed.
     """
-    targets = sorted({str(run.program.relative_to(OUTPUT)) for run in runs})
+    targets = sorted({f"{run.family}.{run.mode}" for run in runs})
     with host_compiler.building_in(OUTPUT):
-        mutants.write_copy(OUTPUT / MUTATED)
+        mutants.write_copy(COPY)
         (OUTPUT / "build.ninja").write_text(_ninja_file())
         command = [sys.executable, "-m", "ninja", "-C", str(OUTPUT), "-j", str(jobs), *targets]
         subprocess.run([*command, "--quiet"], check=True)
@@ -113,6 +108,7 @@ def build(runs: Iterable[Run], jobs: int) -> None:
 
 def _ninja_file() -> str:
     compiler = host_compiler.compiler()
+    common = [f"-I{COPY / 'csrc'}", f"-I{DRIVERS}", f"-include {DRIVERS / 'mutant.h'}"]
     lines = [
         "rule compile",
         f"  command = {compiler} {' '.join(host_compiler.FLAGS)} -MMD -MF $out.d $flags -c -o $out -x c++ $in",
@@ -122,22 +118,16 @@ def _ninja_file() -> str:
         f"  command = {compiler} $flags -o $out $in",
     ]
     for mode, (kernel_flags, device_flags, link_flags) in host_compiler.MODES.items():
-        device = [f"device.{mode}/{path.stem}.o" for path in host_compiler.DEVICE]
-        for path, target in zip(host_compiler.DEVICE, device, strict=True):
-            lines += [f"build {target}: compile {path}", f"  flags = {' '.join(device_flags)}"]
-        for folder, root in (("", ROOT), (f"{MUTATED}/", OUTPUT / MUTATED)):
-            flags = [*kernel_flags, f"-I{root / 'csrc'}", f"-I{DRIVERS}"]
-            if folder:
-                flags += ["-DFASTNETS_MUTANTS", f"-include {DRIVERS / 'mutant.h'}"]
-            for family in families():
-                objects = []
-                for path in (DRIVERS / "driver.cpp", *sources(family)):
-                    target = f"{folder}{family}.{mode}.{path.stem}.{path.suffix[1:]}.o"
-                    place = root / path.relative_to(ROOT) if path.suffix == ".cu" else path
-                    lines += [f"build {target}: compile {place}", f"  flags = {' '.join(flags)}"]
-                    objects.append(target)
-                lines.append(f"build {folder}{family}.{mode}: link {' '.join([*objects, *device])}")
-                lines.append(f"  flags = {' '.join(link_flags)}")
+        # Of the drivers only those with kernels of their own are CUDA.
+        flags = {".cpp": " ".join([*device_flags, *common]), ".cu": " ".join([*kernel_flags, *common])}
+        shared = {path: f"{mode}/{path.name}.o" for path in (*host_compiler.DEVICE, DRIVERS / "driver.cpp")}
+        of_family = {path: f"{mode}/{family}/{path.name}.o" for family in families() for path in sources(family)}
+        for path, target in (shared | of_family).items():
+            place = COPY / path.relative_to(ROOT) if path.suffix == ".cu" else path
+            lines += [f"build {target}: compile {place}", f"  flags = {flags[path.suffix]}"]
+        for family in families():
+            objects = [*(of_family[path] for path in sources(family)), *shared.values()]
+            lines += [f"build {family}.{mode}: link {' '.join(objects)}", f"  flags = {' '.join(link_flags)}"]
     return "\n".join(lines) + "\n"
 
 
@@ -172,11 +162,17 @@ def original_runs(names: Sequence[str], schedules: int) -> list[Run]:
 
 def mutant_runs(statement: mutants.Statement, names: Iterable[str]) -> list[Run]:
     """The runs that may notice that a statement is missing, those that usually do first."""
-    concerned = [family for family in names if statement.file in mutants.included(sources(family))]
+    concerned = [family for family in names if ROOT / statement.file in _read_by(family)]
+    concerned.sort(key=lambda family: sum(path.stat().st_size for path in _read_by(family)))  # the quick ones first
     runs = []
     for mode, schedules in (("plain", SCHEDULES), ("thread", 1), ("address", 1)):
         runs += [Run(family, mode, schedules, statement.number) for family in concerned]
     return runs
+
+
+@functools.cache
+def _read_by(family: str) -> set[Path]:
+    return set().union(*map(included, sources(family)))
 
 
 class Verdict(NamedTuple):

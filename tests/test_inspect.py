@@ -17,7 +17,7 @@ SNAPSHOT = Path(__file__).parent / "inspect.json"
 CHECKED_HERE = ("sm_80", "sm_120")
 """Compiled by these tests: the oldest and the newest; the snapshot has all."""
 
-FAMILIES = sorted({workload.op for workload in _workloads.workloads()})
+FAMILIES = sorted({workload.op for workload in _workloads.probes()})
 
 needs_simt = pytest.mark.skipif(dispatch.why_missing("simt") is not None, reason=str(dispatch.why_missing("simt")))
 
@@ -161,7 +161,7 @@ def test_kernels_are_those_of_the_snapshot_and_spill_nothing(read, compiler, lau
     kernels = [inspect.entry(kernel, launches.get(kernel.signature)) for kernel in read(source, arch)]
     assert kernels
     assert not [k["name"] for k in kernels if k["spills"] or k["stack"]]
-    assert not [k["name"] for k in kernels if k["threads"] is None], "no shape of _workloads.py launches these"
+    assert not [k["name"] for k in kernels if k["threads"] is None], "no probe of _workloads.py launches these"
     assert not [k["name"] for k in kernels if k["occupancy"] == 0]
     snapshot = json.loads(SNAPSHOT.read_text())
     if snapshot["nvcc"] != code.version(compiler):
@@ -184,7 +184,7 @@ def test_snapshot_has_every_architecture_and_no_spills():
 def launches():
     """How every kernel is launched by the stated shapes."""
     found = {}
-    for workload in _workloads.workloads():
+    for workload in _workloads.probes():
         found |= _workloads.measured(workload)[1]
     return found
 

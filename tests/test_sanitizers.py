@@ -11,7 +11,7 @@ OF_TENSOR_CORE = [s for s in STATEMENTS if s.file == "tests/sanitize/tensor_core
 
 @pytest.fixture
 def perform():
-    """Runs a family's mutated copy, in which nothing or one statement is missing."""
+    """Runs a family's kernels, nothing or one statement missing."""
     host_compiler.compiler()
 
     def build_and_perform(family, schedules, removed):
@@ -24,7 +24,7 @@ def perform():
 
 @pytest.mark.parametrize("family", sanitizers.families())
 def test_kernels_give_the_values_of_loops_in_double(perform, family):
-    outcome = perform(family, 2, sanitizers.NOTHING)
+    outcome = perform(family, 2, mutants.NOTHING)
     assert outcome.noticed is None, outcome.output
     assert int(outcome.output.split()[0]) >= 20
 

@@ -183,10 +183,25 @@ def sources(families: Sequence[str] | None = None) -> list[Path]:
     return [path for path in paths if not families or path.stem.split("_")[0] in families]
 
 
+def included(source: Path) -> set[Path]:
+    """The files of csrc that a source includes, and it itself."""
+    found: set[Path] = set()
+    waiting = [source.resolve()]
+    while waiting:
+        path = waiting.pop()
+        if path in found:
+            continue
+        found.add(path)
+        for name in re.findall(r'^#include "([^"]+)"', path.read_text(), re.MULTILINE):
+            candidates = ((folder / name).resolve() for folder in (path.parent, CSRC))
+            waiting += [candidate for candidate in candidates if candidate.exists()][:1]
+    return found
+
+
 def compiled(source: Path, arch: str, compiler: Path) -> Path:
     """A source's cubin, from the cache where neither sources nor compiler have changed."""
     read = hashlib.sha256(version(compiler).encode())
-    for path in (source, *sorted((CSRC / "cuda").glob("*.h")), CSRC / "cpu" / "kernels.h"):
+    for path in sorted(included(source)):
         read.update(path.read_bytes())
     target = CACHE / f"{source.stem}.{arch}.{read.hexdigest()[:16]}.cubin"
     if not target.exists():

@@ -95,12 +95,15 @@ def _each(progress_on: Console, items: Sequence, work, describe, jobs: int = 1) 
 def _counted(
     args: argparse.Namespace, progress_on: Console
 ) -> tuple[list[_workloads.Counts], dict[str, _workloads.Launch]]:
-    """The counts of every stated shape, and how its kernels were launched."""
-    chosen = [workload for workload in _workloads.workloads() if not args.op or workload.op in args.op]
+    """The counts of every stated shape, and how every kernel is launched."""
+    stated = [] if args.static or args.snapshot else _workloads.workloads()
+    tasks = [(w, shown) for shown, ws in ((False, _workloads.probes()), (True, stated)) for w in ws]
+    tasks = [task for task in tasks if not args.op or task[0].op in args.op]
     counts: list[_workloads.Counts] = []
     launches: dict[str, _workloads.Launch] = {}
-    for found, launched in _each(progress_on, chosen, _workloads.measured, lambda w: f"{w.op} {w.name}"):
-        counts += found
+    results = _each(progress_on, tasks, lambda task: _workloads.measured(task[0]), lambda task: task[0].name)
+    for (_, shown), (found, launched) in zip(tasks, results, strict=True):
+        counts += found if shown else []
         launches |= launched
     return counts, launches
 

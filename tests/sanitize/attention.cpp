@@ -45,6 +45,7 @@ const Setting kFew[] = {
      .lk = 530,
      .mask = MaskKind::kAdditive,
      .float_mask = true,
+     .heads = 2,
      .grad_lse = true},
     {.name = "no keys", .lq = 2, .lk = 0, .grad_lse = true},
 };

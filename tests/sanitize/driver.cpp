@@ -8,9 +8,7 @@
 #include <cstring>
 #include <limits>
 
-#if defined(FASTNETS_MUTANTS)
 #include "mutant.h"
-#endif
 
 namespace sanitize {
 namespace {
@@ -132,9 +130,7 @@ int main(int count, char** arguments) {
     const std::string name = arguments[i], value = arguments[i + 1];
     if (name == "--match") match = value;
     if (name == "--seeds") seeds = std::stoull(value);
-#if defined(FASTNETS_MUTANTS)
     if (name == "--remove") mutant::removed = std::stoi(value);
-#endif
   }
   sanitize::Cases cases;
   sanitize::add_cases(cases);

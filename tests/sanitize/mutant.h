@@ -1,5 +1,5 @@
-// Included before every file of a mutated copy, in which each barrier, wait and fence has a number: the one that is
-// `removed` is not executed.
+// Included before every file of a copy of the kernels in which each barrier, wait and fence has a number: the one that
+// is `removed` is not executed. -1 removes none.
 #pragma once
 
 namespace mutant {

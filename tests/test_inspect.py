@@ -196,7 +196,7 @@ def test_counts_of_a_shape():
     size = 65536 * 1024 * 2
     assert (forward.bytes, forward.fewest_bytes) == (2 * size, 2 * size)
     assert (backward.bytes, backward.fewest_bytes) == (3 * size, 3 * size)
-    assert forward.sectors_per_request == forward.fewest_sectors_per_request == 16  # 32 lanes of 16 bytes
+    assert forward.sectors_per_request == forward.asked_sectors_per_request == 16  # 32 lanes of 16 bytes
     assert forward.work.exponentials == 65536 * 1024
     assert launches["forward_held<BFloat16, 8, 256>(SoftmaxForward)"] == _workloads.Launch(256, 0)
 

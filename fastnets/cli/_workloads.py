@@ -65,8 +65,8 @@ class Counts:
         return self.bytes / 32 / requests if requests else 0.0
 
     @property
-    def fewest_sectors_per_request(self) -> float:
-        """Were no byte of a sector left unused."""
+    def asked_sectors_per_request(self) -> float:
+        """What lanes ask for, in sectors; less than that are touched where lanes ask for the same."""
         asked = self.total("global_load_bytes", "global_store_bytes")
         requests = self.total("global_load_requests", "global_store_requests")
         return asked / 32 / requests if requests else 0.0
@@ -233,16 +233,16 @@ def _attention(
 
 
 def _attention_workloads() -> Iterator[Workload]:
-    """128 heads, say 8 of 16, of 512 queries and keys; 64 entries that decode a token each."""
-    square = {"lq": 512, "lk": 512, "copies": 128}
+    """128 heads, 8 times 16, of 512 queries and keys, run as 4: enough blocks that keys are not split; and decoding."""
+    square = {"lq": 512, "lk": 512, "heads": 4, "copies": 32}
     for dtype in (torch.bfloat16, torch.float32):
         yield _attention("8x16x512x64", dtype, d=64, **square)
         yield _attention("8x16x512x64 causal", dtype, d=64, right=0, **square)
     yield _attention("8x16x512x128 causal", torch.bfloat16, d=128, right=0, **square)
     yield _attention("8x16x512x64 causal TF32", torch.float32, d=64, right=0, tf32=True, **square)
     yield _attention("8x16x512x64 bias [512, 512]", torch.bfloat16, d=64, bias=(512, 512), **square)
-    decoding = {"lq": 1, "lk": 2048, "heads": 8, "groups": 4, "copies": 64, "right": 0, "offset": None}
-    yield _attention("64x8x1x128, 2 heads of 2048 keys", torch.bfloat16, d=128, **decoding)
+    decoding = {"lq": 1, "lk": 2048, "heads": 8, "groups": 4, "right": 0, "offset": None}
+    yield _attention("8x1x128 of 2x2048 keys", torch.bfloat16, d=128, **decoding)
 
 
 def _attention_probes() -> Iterator[Workload]:

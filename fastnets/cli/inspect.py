@@ -174,7 +174,7 @@ def _workload_entry(counts: _workloads.Counts) -> dict[str, Any]:
         "bytes": counts.bytes,
         "fewest_bytes": counts.fewest_bytes,
         "sectors_per_request": counts.sectors_per_request,
-        "fewest_sectors_per_request": counts.fewest_sectors_per_request,
+        "asked_sectors_per_request": counts.asked_sectors_per_request,
         "conflicts_per_access": counts.conflicts_per_access,
         "counters": dict(counts.counters),
         "estimated_seconds": {name: seconds for name, (seconds, _) in estimates.items()},
@@ -227,16 +227,16 @@ def _print_counts(counts: Sequence[_workloads.Counts], out: Console) -> None:
             dtype_name(c.workload.dtype),
             c.direction,
             f"{c.bytes / c.fewest_bytes:.2f}",
-            f"{c.sectors_per_request:.2f} ({c.fewest_sectors_per_request:.2f})",
+            f"{c.sectors_per_request:.2f} ({c.asked_sectors_per_request:.2f})",
             f"{c.conflicts_per_access:.3f}",
             *(f"{seconds * 1e6:.1f}" for seconds, _ in estimates),
             "/".join(limits),
         )
     out.print(table)
     out.print(
-        "bytes: of the sectors of 32 that requests touch, over every tensor once; sectors: a request's (if every byte "
-        "were used);\nconflicts: of banks, an access to shared memory. Times are lower bounds at NVIDIA's "
-        "documented peaks: no GPU has run this.\ndocs/gpu.md has the model."
+        "bytes: of the sectors of 32 that requests touch, over every tensor once; sectors: a request's (bytes that "
+        "lanes ask for, in sectors);\nconflicts: of banks, an access to shared memory. Times are lower bounds at "
+        "NVIDIA's documented peaks: no GPU has run this.\ndocs/gpu.md has the model."
     )
 
 

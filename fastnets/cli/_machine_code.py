@@ -109,6 +109,7 @@ def signature(symbol: str) -> str:
     text = demangled(symbol.replace("DF16_", "Dh"))  # g++'s _Float16, which not every demangler knows, as its `half`
     text = text.replace("(anonymous namespace)::", "").removeprefix("void ")
     text = re.sub(r"\b_GLOBAL__N_\w*::|\bfastnets::(?:cuda::)?", "", text)
+    text = re.sub(r"\((?:\w|::)+\)(?=\d)", "", text)  # an enumerator is a number of its type
     return re.sub(r"\b(?:__)?half\b", "Float16", text.replace("__nv_bfloat16", "BFloat16"))
 
 

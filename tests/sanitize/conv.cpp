@@ -210,6 +210,7 @@ void add_cases(Cases& cases) {
                                         {"bfloat16", Dtype::kBFloat16, false, std::size(kShapes)},
                                         {"float16", Dtype::kFloat16, false, kFirst},
                                         {"tf32", Dtype::kFloat32, true, kFirst}};
+  simt::set_grid_limit(2);  // blocks that stride have several pieces of work
   for (size_t d = 0; d < std::size(kArithmetic); ++d) {
     const auto [type, dtype, tf32, shapes] = kArithmetic[d];
     for (size_t i = 0; i < shapes; ++i) {

@@ -85,7 +85,8 @@ def _kernels_objection(case: Case) -> str | None:
     """What the CUDA kernels do not take, on a GPU or on the SIMT device."""
     if case.dtype not in _CUDA_DTYPES:
         return f"the CUDA kernels take float32, bfloat16 and float16, not {case.dtype}"
-    if case.family == "attention" and (widest := max(case.sizes.get("D", 0), case.sizes.get("Dv", 0))) > _CUDA_WIDEST_HEAD:
+    widest = max(case.sizes.get("D", 0), case.sizes.get("Dv", 0))
+    if case.family == "attention" and widest > _CUDA_WIDEST_HEAD:
         return f"the CUDA kernels take head dimensions up to {_CUDA_WIDEST_HEAD}, not {widest}"
     return None
 

@@ -39,7 +39,7 @@ struct Shape {
   static constexpr int kPartColumns = kWidth / kParts;
   static constexpr int kColumns = kWidth, kKeyBlocks = kKeys / 8, kColumnBlocks = kPartColumns / 8;  // accumulators' 8
   static constexpr int kSteps = kWidth / kDepth<C>;                                                  // of the depth
-  static constexpr bool kHoldsQueries = kWidth * sizeof(T) * kRowTiles <= 256;                       // in registers
+  static constexpr bool kHoldsQueries = use != Use::kFew && kWidth * sizeof(T) * kRowTiles <= 256;   // in registers
   using Queries = Tile<T, kRows, kWidth>;
   using Keys = Tile<T, kKeys, kWidth>;
   static constexpr size_t kShared = Queries::kBytes + kSlots * Keys::kBytes;

@@ -162,6 +162,11 @@ const void* weight_of(const Phase& phase, const ConvGather& p, Workspace& worksp
   q.from_channel = phase.source_stride;
   q.to_outer = phase.channels * taps * width, q.to_inner = taps * width, q.to_pixel = width;
   fill_taps(q, phase, s, sizeof(T));
+  if (phase.result_stride < phase.source_stride && phase.axes[0].taps == 1) {  // channels and taps side by side: lines
+    q.from_pixel[0] = phase.result_stride;
+    q.pixels = to_int(phase.channels * taps, "elements of a filter");
+    q.inner = 1;
+  }
   arrange(s.dtype, q, stream);
   return memory;
 }

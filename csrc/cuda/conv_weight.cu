@@ -96,33 +96,46 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) conv_weight(Weight p)
   sums.store(p.partial, p.first_split + split, group, row, column);
 }
 
-// Where a group's results go: tap and channel through the weight's strides.
+// Where the results go: rows of all groups, taps and channels through the weight's strides.
 struct Target {
   void* data;
-  int64_t row, group, channel, tap[3];
-  int channels;
-  Divisor tap_channels;
+  int64_t row, channel, tap[3];
+  int channels, padded;  // of a group
+  Divisor tap_count;
   Coordinates taps;
 };
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 256, kTile = 32;
 
-// Adds the shares; a thread has four neighbouring channels.
+// Adds the shares. A block has a tile of kTile taps of rows by kTile channels, read along channels, written along taps
+// where these lie closer.
 template <class T>
-__global__ void __launch_bounds__(kThreads) conv_weight_shares(Partial partial, Target to) {
-  const int quads = partial.pitch / 4;
-  const int64_t count = int64_t{quads} * partial.rows * partial.groups;
-  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < count; i += int64_t{gridDim.x} * kThreads) {
-    const int column = static_cast<int>(i % quads) * 4;
-    const int row = static_cast<int>(i / quads % partial.rows), group = static_cast<int>(i / quads / partial.rows);
-    const Vector<float, 4> total = partial.sum(group, row, column);
-    int channel = column, tap[3];
-    to.taps(to.tap_channels.divide(channel), tap);
-    T* const at = static_cast<T*>(to.data) + group * to.group + row * to.row + channel * to.channel +
-                  tap[0] * to.tap[0] + tap[1] * to.tap[1] + tap[2] * to.tap[2];
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      if (channel + e < to.channels) store_global(at + e * to.channel, from_float<T>(total[e]));
+__global__ void __launch_bounds__(kThreads, 4) conv_weight_shares(Partial partial, Target to, int lines) {
+  SHARED_ARRAY(float, tile, kTile*(kTile + 1));
+  const int across = (to.channels + kTile - 1) / kTile;
+  const int line = static_cast<int>(blockIdx.x) / across * kTile,
+            channel = static_cast<int>(blockIdx.x) % across * kTile;
+  for (int i = threadIdx.x; i < kTile * kTile; i += kThreads) {
+    const int y = i / kTile, x = i % kTile;
+    int tap = line + y;
+    const int row = to.tap_count.divide(tap);
+    float sum = 0.0f;
+    for (int split = 0; split < partial.splits; ++split) {
+      sum += load_global_if<1>(line + y < lines && channel + x < to.channels,
+                               partial.row(split, 0, row) + tap * to.padded + channel + x)[0];
+    }
+    store_shared(&tile[y * (kTile + 1) + x], sum);
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < kTile * kTile; i += kThreads) {
+    const int y = to.channel == 1 ? i / kTile : i % kTile, x = to.channel == 1 ? i % kTile : i / kTile;
+    int tap = line + y, at[3];
+    const int row = to.tap_count.divide(tap);
+    to.taps(tap, at);
+    if (line + y < lines && channel + x < to.channels) {
+      store_global(static_cast<T*>(to.data) + row * to.row + (channel + x) * to.channel + at[0] * to.tap[0] +
+                       at[1] * to.tap[1] + at[2] * to.tap[2],
+                   from_float<T>(load_shared(&tile[y * (kTile + 1) + x])));
     }
   }
 }
@@ -167,18 +180,15 @@ void grad_weight(const ConvGradWeight& p, Workspace& workspace, Stream stream) {
     }
   });
   if (workspace.counts()) return;
-  Target to{p.grad_weight,
-            s.weight_strides[0],
-            s.out_channels * s.weight_strides[0],
-            s.weight_strides[1],
-            {},
-            static_cast<int>(s.in_channels),
-            w.tap_channels,
-            w.window.taps};
+  Target to{};
+  to.data = p.grad_weight, to.row = s.weight_strides[0], to.channel = s.weight_strides[1];
   for (int d = 0; d < 3; ++d) to.tap[d] = s.weight_strides[2 + d];
-  const int64_t quads = int64_t{w.partial.pitch} / 4 * rows * s.groups;
-  launch({"conv_grad_weight_shares", blocks_for((quads + kThreads - 1) / kThreads), kThreads, stream},
-         conv_weight_shares<T>, w.partial, to);
+  to.channels = static_cast<int>(s.in_channels), to.padded = x.channels;
+  to.tap_count = Divisor(static_cast<int>(taps)), to.taps = w.window.taps;
+  const int lines = to_int(s.groups * rows * taps, "filters' taps");
+  const int64_t tiles = (int64_t{lines} + kTile - 1) / kTile * ((s.in_channels + kTile - 1) / kTile);
+  launch({"conv_grad_weight_shares", static_cast<unsigned>(to_int(tiles, "blocks")), kThreads, stream},
+         conv_weight_shares<T>, w.partial, to, lines);
 }
 
 void grad_weight(const ConvGradWeight& p, Workspace& workspace, Stream stream) {

@@ -32,16 +32,16 @@ STABLE_TORCH_LIBRARY(FASTNETS_LIBRARY, m) {
   // h0[B, P], c0[B, H], w_ih[G H, I], w_hh[G H, P], biases [G H], w_hr[P, H], lengths[B]; cell: an index into its
   // CELLS. Returns y[T, B, P], the last h and c, and, with save, what backward needs of the gates [T, B, 4 H] and of
   // lstm's cell states [T, B, H] in the type that arithmetic runs in. What a cell does not have, or nobody asked for,
-  // is empty.
+  // is empty. tf32: whether a GPU may round a float product's operands to TF32.
   m.def(
       "recurrent_forward(Tensor x, Tensor h0, Tensor? c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
-      "Tensor? w_hr, Tensor? lengths, int cell, bool reverse, bool save) "
+      "Tensor? w_hr, Tensor? lengths, int cell, bool reverse, bool tf32, bool save) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   // The gradients in x, h0, c0, w_ih, w_hh, b_ih, b_hh and w_hr, from those in y and the last states.
   m.def(
       "recurrent_backward(Tensor? grad_y, Tensor? grad_h, Tensor? grad_c, Tensor x, Tensor h0, Tensor? c0, "
       "Tensor w_ih, Tensor w_hh, Tensor? w_hr, Tensor? lengths, Tensor y, Tensor? gates, Tensor? cells, int cell, "
-      "bool reverse, bool need_x, bool need_weights) "
+      "bool reverse, bool tf32, bool need_x, bool need_weights) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   // softmax over `dim` of x * scale + mask, mask boolean (True takes part) or additive, of x's shape (strides may be
   // 0).

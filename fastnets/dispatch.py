@@ -56,7 +56,6 @@ _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CUDA_WIDEST_HEAD = 256
 _CUDA_CAPABILITY = (8, 0)
-_CUDA_FAMILIES = ("conv", "attention", "softmax")  # run by the same kernels on a GPU and on the SIMT device
 
 
 def _cpu_supports(case: Case) -> str | None:
@@ -111,8 +110,8 @@ def _simt_supports(case: Case) -> str | None:
 IMPLEMENTATIONS: dict[tuple[str, str], Implementation] = {
     **{(family, "reference"): Implementation("reference", _supports_everything) for family in FAMILIES},
     **{(family, "cpu"): Implementation("cpu", _cpu_supports, torch.ops.fastnets) for family in FAMILIES},
-    **{(family, "cuda"): Implementation("cuda", _cuda_supports, torch.ops.fastnets) for family in _CUDA_FAMILIES},
-    **{(family, "simt"): Implementation("simt", _simt_supports, torch.ops.fastnets_simt) for family in _CUDA_FAMILIES},
+    **{(family, "cuda"): Implementation("cuda", _cuda_supports, torch.ops.fastnets) for family in FAMILIES},
+    **{(family, "simt"): Implementation("simt", _simt_supports, torch.ops.fastnets_simt) for family in FAMILIES},
 }
 
 # Device type -> backends in the order in which they are asked.

@@ -161,11 +161,11 @@ def test_opcheck(index):
         operands = _operands(cell, dtype, proj=proj if cell == "lstm" else 0)
         lengths = None if lengths is None else torch.tensor(lengths)
         forward, backward = torch.ops.fastnets.recurrent_forward, torch.ops.fastnets.recurrent_backward
-        torch.library.opcheck(forward, (*operands, lengths, index, False, False))
-        torch.library.opcheck(forward, (*operands, lengths, index, True, True))
-        y, h, c, gates, cells = forward(*operands, lengths, index, True, True)
+        torch.library.opcheck(forward, (*operands, lengths, index, False, False, False))
+        torch.library.opcheck(forward, (*operands, lengths, index, True, False, True))
+        y, h, c, gates, cells = forward(*operands, lengths, index, True, False, True)
         x, h0, c0, w_ih, w_hh, _, _, w_hr = operands
-        common = (x, h0, c0, w_ih, w_hh, w_hr, lengths, y, gates, cells, index, True)
+        common = (x, h0, c0, w_ih, w_hh, w_hr, lengths, y, gates, cells, index, True, False)
         for grads in [(y, h, c if cell == "lstm" else None), (None, None, None)]:
             torch.library.opcheck(backward, (*grads, *common, True, True))
             torch.library.opcheck(backward, (*grads, *common, False, False))
@@ -298,4 +298,6 @@ def test_lengths_that_validation_cannot_see_are_clamped():
     operands = _operands("lstm", torch.float32)
     wild, tame = torch.tensor([99, -7, 3, 1]), torch.tensor([3, 0, 3, 1])
     run = torch.ops.fastnets.recurrent_forward
-    _assert_same(run(*operands, wild, 0, True, True)[:3], run(*operands, tame, 0, True, True)[:3], rtol=0, atol=0)
+    _assert_same(
+        run(*operands, wild, 0, True, False, True)[:3], run(*operands, tame, 0, True, False, True)[:3], rtol=0, atol=0
+    )

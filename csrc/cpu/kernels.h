@@ -84,7 +84,7 @@ enum class Cell : int { kLstm, kGru, kRnnTanh, kRnnRelu };  // the order of fast
 struct RecurrentShape {
   Dtype dtype;
   Cell cell;
-  bool reverse;
+  bool reverse, tf32;  // tf32: a GPU may round the operands of float products
   int64_t steps, batch, input, hidden, output;
   const int64_t* lengths;  // [B], within [0, T] or clamped; null: all T
 };

@@ -12,6 +12,35 @@ using Stream = void*;  // a cudaStream_t; the SIMT device has none
 
 namespace cuda {
 
+// What the recurrent kernels are given beside the operators' parameters: work done by torch's products, and memory.
+// Rows that they read in pieces of 16 bytes end on whole ones, with zeros: w_hh, w_hr and the padded rows here.
+struct RecurrentForwardPass : RecurrentForward {
+  int64_t output_row, hidden_row;  // elements from one padded row to the next: of P, of H
+  const void* from_x;              // [T, B, G H], x times w_ih
+  const void* first_h;             // [B, output_row], h0
+  void* exchange;                  // [2, B, output_row], zeros; null where y's rows need no padding
+  void* unprojected;               // [B, hidden_row], zeros, with w_hr
+  float* state;                    // [B, H], lstm and gru
+  uint32_t* flags;                 // [recurrent_flags], zeros
+};
+
+struct RecurrentBackwardPass : RecurrentBackward {  // w_hh and w_hr transposed, grad_x and those of weights not asked
+  int64_t output_row, gates_row;                    // elements from one padded row to the next: of P, of G H
+  void* grad_gates;                                 // [T, B, gates_row], zeros behind G H: what w_hh's rows receive
+  void* grad_inputs;     // [T, B, G H]: what w_ih's rows receive, where that is not the same (gru)
+  void* h_before;        // [T, B, P], all but the sequences' first steps there already; or null
+  void* grad_projected;  // [T, B, output_row], zeros behind P: what h receives behind w_hr
+  void* unprojected;     // [T, B, H]: h before w_hr
+  float* carried;        // [B, P]
+  float* state;          // [B, H], lstm
+  uint32_t* flags;       // [recurrent_flags], zeros
+};
+
+// More than any launch for such a layer uses.
+int64_t recurrent_flags(const RecurrentShape& s);
+void recurrent_forward(const RecurrentForwardPass& p, Stream stream);
+void recurrent_backward(const RecurrentBackwardPass& p, Stream stream);
+
 void softmax_forward(const SoftmaxForward& p, Stream stream);
 void softmax_backward(const SoftmaxBackward& p, Stream stream);
 

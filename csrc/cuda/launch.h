@@ -34,6 +34,10 @@ inline int64_t grid_limit() { return simt::grid_limit(); }
 // How many blocks it takes to occupy the device.
 inline int multiprocessors() { return 16; }
 
+// How many blocks of so many threads and so much shared memory a cooperative launch of the kernel may have; 0 where
+// the device takes none.
+inline int resident_blocks(const void*, int, size_t) { return static_cast<int>(simt::resident_limit()); }
+
 template <class... Parameters>
 void launch(const Grid& grid, void (*kernel)(Parameters...), std::type_identity_t<Parameters>... arguments) {
   auto thread = [&] { kernel(arguments...); };
@@ -64,13 +68,27 @@ inline int multiprocessors() {
   return count;
 }
 
+// Lets the kernel have so much shared memory; fails where the device has less.
+inline void allow_shared(const void* function, size_t bytes, const char* name) {
+  constexpr size_t kWithoutAsking = 48 << 10;
+  if (bytes <= kWithoutAsking) return;
+  check_cuda(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), name);
+}
+
+inline int resident_blocks(const void* function, int threads, size_t shared) {
+  int device, cooperative, each;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  check_cuda(cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device), "cudaDeviceGetAttribute");
+  if (!cooperative) return 0;
+  allow_shared(function, shared, "resident_blocks");
+  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, function, threads, shared), "resident_blocks");
+  return each * multiprocessors();
+}
+
 template <class... Parameters>
 void launch(const Grid& grid, void (*kernel)(Parameters...), std::type_identity_t<Parameters>... arguments) {
-  constexpr size_t kWithoutAsking = 48 << 10;
   const void* const function = reinterpret_cast<const void*>(kernel);
-  if (grid.shared > kWithoutAsking) {  // fails where the device has less
-    check_cuda(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared), grid.name);
-  }
+  allow_shared(function, grid.shared, grid.name);
   void* pointers[] = {&arguments...};
   const cudaStream_t stream = static_cast<cudaStream_t>(grid.stream);
   check_cuda(grid.cooperative

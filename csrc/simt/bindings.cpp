@@ -46,6 +46,8 @@ PYBIND11_MODULE(_simt, m) {
         "its "
         "address in this library.");
   m.def("reset_counters", &simt::reset_counters);
+  m.def("resident_limit", &simt::resident_limit, "The blocks that a cooperative launch may have.");
+  m.def("set_resident_limit", &simt::set_resident_limit, py::arg("blocks"));
   m.def("shared_limit", &simt::shared_limit, "The bytes of shared memory that a block may have.");
   m.def("set_shared_limit", &simt::set_shared_limit, py::arg("bytes"),
         "The architecture's: 101376 on 8.6, 8.9 and 12.0, 166912 on 8.0, 232448 on 9.0 and 10.0.");

@@ -87,6 +87,7 @@ struct Device {
   std::mt19937_64 random;
   size_t shared_limit = 99 << 10;  // the least of the architectures that the kernels are for
   unsigned grid_limit = 0x7fffffff;
+  unsigned resident_limit = 32;  // a few are enough to see several at work, and some with more than one share
   bool count = false;
   std::map<std::string, Counters> counters;
   std::set<Launched> launched;
@@ -326,6 +327,10 @@ void check(const Launch& launch) {
   if (threads == 0 || threads > kMaxThreads) refuse("a block has 1 to 1024 threads, not " + std::to_string(threads));
   if (launch.grid.volume() == 0) refuse("the grid is empty");
   if (launch.grid.y > 65535 || launch.grid.z > 65535) refuse("a grid's y and z go up to 65535");
+  if (launch.cooperative && launch.grid.volume() > device.resident_limit) {
+    refuse("a cooperative launch of " + std::to_string(launch.grid.volume()) + " blocks, of which only " +
+           std::to_string(device.resident_limit) + " run together");
+  }
   if (launch.shared > device.shared_limit) {
     refuse("asks for " + std::to_string(launch.shared) + " bytes of shared memory, more than the " +
            std::to_string(device.shared_limit) + " of a block");
@@ -390,6 +395,8 @@ size_t shared_limit() { return device.shared_limit; }
 void set_shared_limit(size_t bytes) { device.shared_limit = bytes; }
 unsigned grid_limit() { return device.grid_limit; }
 void set_grid_limit(unsigned blocks) { device.grid_limit = blocks; }
+unsigned resident_limit() { return device.resident_limit; }
+void set_resident_limit(unsigned blocks) { device.resident_limit = blocks; }
 void set_counting(bool on) { device.count = on; }
 const std::map<std::string, Counters>& counters() { return device.counters; }
 const std::set<Launched>& launched() { return device.launched; }

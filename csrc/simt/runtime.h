@@ -64,6 +64,10 @@ void set_shared_limit(size_t bytes);
 unsigned grid_limit();
 void set_grid_limit(unsigned blocks);
 
+// The blocks that a cooperative launch may have: those that run together.
+unsigned resident_limit();
+void set_resident_limit(unsigned blocks);
+
 void* dynamic_shared();
 // The block's array of that name: `tag` is an address of the declaration's own.
 void* static_shared(const void* tag, size_t bytes, Where at);

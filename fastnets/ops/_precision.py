@@ -13,3 +13,9 @@ def matmul_allows_tf32() -> bool:
 def convolutions_allow_tf32() -> bool:
     """Whether float32 convolutions may be computed in TF32: torch.backends.cudnn.conv.fp32_precision, or allow_tf32."""
     return torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
+@torch.compiler.assume_constant_result
+def rnn_allows_tf32() -> bool:
+    """Whether a recurrent layer may multiply in TF32: torch.backends.cudnn.rnn.fp32_precision, or allow_tf32."""
+    return torch.backends.cudnn.rnn.fp32_precision == "tf32"

@@ -6,7 +6,7 @@ from torch import Tensor
 from .. import _library, dispatch
 from ..reference.recurrent import CELLS
 from ..reference.recurrent import recurrent as reference
-from . import _autocast, _autograd
+from . import _autocast, _autograd, _precision
 from ._checks import expect, expect_floating, expect_like, expect_shape, expect_tensor
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
@@ -18,12 +18,13 @@ class _Recurrent(_autograd.Call):
 
     def __init__(self, operators, lengths: Tensor | None, cell: str, reverse: bool, save: bool):
         self.operators, self.lengths, self.cell, self.reverse, self.save = operators, lengths, cell, reverse, save
+        self.tf32 = _precision.rnn_allows_tf32()
         self.visible = 3 if cell == "lstm" else 2
 
     def forward(self, *inputs):
         inputs = (t if t is None else t.contiguous() for t in inputs)
         y, h, c, gates, cells = self.operators.recurrent_forward(
-            *inputs, self.lengths, CELLS.index(self.cell), self.reverse, self.save
+            *inputs, self.lengths, CELLS.index(self.cell), self.reverse, self.tf32, self.save
         )
         return (y, h, c, gates, cells) if self.cell == "lstm" else (y, h, gates)
 
@@ -33,7 +34,7 @@ class _Recurrent(_autograd.Call):
         gates, cells = (*outputs[self.visible :], None)[:2]
         found = self.operators.recurrent_backward(
             *(grad_y, grad_h, grad_c, x, h0, c0, w_ih, w_hh, w_hr, self.lengths, outputs[0], gates, cells),
-            *(CELLS.index(self.cell), self.reverse, needs[0], any(needs[3:])),
+            *(CELLS.index(self.cell), self.reverse, self.tf32, needs[0], any(needs[3:])),
         )
         return tuple(grad if need else None for grad, need in zip(found, needs, strict=True))
 
@@ -147,7 +148,7 @@ def _validate_lengths(lengths: Tensor, x: Tensor) -> None:
 if _library.missing is None:
 
     @torch.library.register_fake("fastnets::recurrent_forward")
-    def _(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, cell, reverse, save):
+    def _(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, cell, reverse, tf32, save):
         steps, batch = x.shape[:2]
         hidden = h0.shape[1] if w_hr is None else w_hr.shape[1]
         exact = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -161,7 +162,8 @@ if _library.missing is None:
         )
 
     @torch.library.register_fake("fastnets::recurrent_backward")
-    def _(grad_y, grad_h, grad_c, x, h0, c0, w_ih, w_hh, w_hr, lengths, y, gates, cells, cell, reverse, need_x, need_w):
+    def _(grad_y, grad_h, grad_c, x, h0, c0, w_ih, w_hh, w_hr, lengths, y, gates, cells, *options):
+        need_x, need_w = options[-2:]
         absent = (0,)
         return (
             x.new_empty(x.shape if need_x else absent),

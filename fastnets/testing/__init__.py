@@ -91,7 +91,7 @@ def poisoned_memory() -> Iterator[None]:
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
     """float32 products are float32's, PyTorch's on a GPU as ours."""
-    switches = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    switches = torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul
     former = [switch.fp32_precision for switch in switches]
     for switch in switches:
         switch.fp32_precision = "ieee"

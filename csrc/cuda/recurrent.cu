@@ -1,0 +1,248 @@
+// A recurrent layer forwards over a whole sequence in one cooperative launch. A step's block waits for the flags of the
+// units that it reads, multiplies them with its weights, which stay on the chip, applies the cell and hands h on: in y
+// itself, where its rows are whole pieces of 16 bytes. Where they are not, it goes through two padded steps' rows in
+// turn: who overwrites one has waited for all who have read it.
+#include "recurrent.h"
+
+namespace fastnets::cuda {
+namespace {
+
+constexpr int kTiles = 2, kSlots = 4;  // more would spill
+
+struct Parameters {
+  RecurrentForwardPass pass;
+  Weights recurrent, projection;
+  int units;  // of a strip of the recurrent weights
+  Residence residence;
+};
+
+// What one hidden unit of one row needs beside its sums, loaded ahead of them.
+struct Inputs {
+  float from_x[4], bias[4], state;
+};
+
+template <class T>
+struct Layer {
+  const RecurrentForwardPass& p;
+  const RecurrentShape& s = p.shape;
+  const Times times{p.shape};
+  T* next = nullptr;  // [B, output_row]: where h goes for the next step besides y, or null
+
+  // h and, for lstm and gru, the state in float, where they lie before the first step; a sequence of no steps keeps
+  // them.
+  __device__ __forceinline__ void start(int64_t b, int64_t j) const {
+    const int64_t at = b * s.hidden + j;
+    if (s.cell == Cell::kLstm) {
+      const float c = load_float<T>(p.c0, at);
+      store_global(p.state + at, c);
+      store_float<T>(p.c, at, c);
+    }
+    if (p.w_hr != nullptr) return;
+    const float h = load_float<T>(p.h0, at);
+    if (s.cell == Cell::kGru) store_global(p.state + at, h);
+    store_float<T>(p.h, at, h);
+  }
+  __device__ __forceinline__ void start_projected(int64_t b, int64_t j) const {
+    store_float<T>(p.h, b * s.output + j, load_float<T>(p.h0, b * s.output + j));
+  }
+
+  template <int Gates>
+  __device__ __forceinline__ Inputs load(int64_t t, int64_t b, int64_t j) const {
+    Inputs in;
+#pragma unroll
+    for (int g = 0; g < Gates; ++g) {
+      in.from_x[g] = load_float<T>(p.from_x, ((t * s.batch + b) * Gates + g) * s.hidden + j);
+      in.bias[g] = p.b_ih == nullptr ? 0.0f : load_float<T>(p.b_ih, g * s.hidden + j);
+      const float bias = p.b_hh == nullptr ? 0.0f : load_float<T>(p.b_hh, g * s.hidden + j);
+      if (Gates == 3 && g == 2) {
+        in.bias[3] = bias;  // gru's n has its two halves apart
+      } else {
+        in.bias[g] += bias;
+      }
+    }
+    if (Gates > 1) in.state = load_global(p.state + b * s.hidden + j);
+    return in;
+  }
+
+  template <int Gates>
+  __device__ __forceinline__ void run(int64_t t, int64_t b, int64_t j, const Inputs& in,
+                                      const float (&sums)[Gates]) const {
+    if constexpr (Gates == 4) {
+      float gates[4], c = in.state;
+#pragma unroll
+      for (int g = 0; g < 4; ++g) gates[g] = in.from_x[g] + in.bias[g] + sums[g];
+      const float h = LstmCell<Math>::forward(gates, c);
+      const int64_t at = (t * s.batch + b) * s.hidden + j;
+      store_global(p.state + b * s.hidden + j, c);
+      save(t, b, j, gates);
+      if (p.cells != nullptr) store_global(static_cast<float*>(p.cells) + at, c);
+      if (t == times.last_time(b)) store_float<T>(p.c, b * s.hidden + j, c);
+      if (p.w_hr != nullptr) {
+        store_float<T>(p.unprojected, b * p.hidden_row + j, h);
+      } else {
+        emit(t, b, j, h);
+      }
+    } else if constexpr (Gates == 3) {
+      float gates[4] = {in.from_x[2] + in.bias[2], in.from_x[0] + in.bias[0] + sums[0],
+                        in.from_x[1] + in.bias[1] + sums[1], in.bias[3] + sums[2]};
+      const float h = GruCell<Math>::forward(gates, in.state);
+      store_global(p.state + b * s.hidden + j, h);
+      save(t, b, j, gates);
+      emit(t, b, j, h);
+    } else {
+      const float gate = in.from_x[0] + in.bias[0] + sums[0];
+      emit(t, b, j, s.cell == Cell::kRnnTanh ? TanhCell<Math>::forward(gate) : ReluCell<Math>::forward(gate));
+    }
+  }
+
+  // What a row that rests leaves behind.
+  __device__ __forceinline__ void rest(int64_t t, int64_t b, int64_t j) const {
+    save(t, b, j, {0.0f, 0.0f, 0.0f, 0.0f});
+    const int64_t at = (t * s.batch + b) * s.hidden + j;
+    if (p.cells != nullptr) store_global(static_cast<float*>(p.cells) + at, 0.0f);
+    if (p.w_hr == nullptr) store_float<T>(p.y, at, 0.0f);
+  }
+
+  __device__ __forceinline__ void emit(int64_t t, int64_t b, int64_t j, float h) const {
+    store_float<T>(p.y, (t * s.batch + b) * s.output + j, h);
+    if (next != nullptr) store_float<T>(next, b * p.output_row + j, h);
+    if (t == times.last_time(b)) store_float<T>(p.h, b * s.output + j, h);
+  }
+
+  __device__ __forceinline__ void save(int64_t t, int64_t b, int64_t j, const float (&gates)[4]) const {
+    if (p.gates == nullptr) return;
+    float* const to = static_cast<float*>(p.gates) + (t * s.batch + b) * 4 * s.hidden + j;
+#pragma unroll
+    for (int g = 0; g < 4; ++g) store_global(to + g * s.hidden, gates[g]);
+  }
+};
+
+template <int Gates>
+constexpr int kUnits = kTiles * units_of_tile(Gates);  // of a strip
+
+template <class C, int Columns>
+__global__ void __launch_bounds__(kThreads, 1) forward(Parameters a) {
+  using T = typename C::Storage;
+  using ProductType = Product<C, kTiles, Columns, kSlots>;
+  constexpr int kOutputs = kUnits<1>;
+  DYNAMIC_SHARED(memory);
+  ProductType product(memory, a.residence);
+  product.keep(a.recurrent);
+  if (a.projection.strips > 0) product.keep(a.projection);
+
+  const RecurrentForwardPass& p = a.pass;
+  const RecurrentShape& s = p.shape;
+  Layer<T> layer{p};
+  const Times times{s};
+  const bool projects = a.projection.strips > 0;
+  with_gates(s.cell, [&](auto gates) {
+    for_own_units<kUnits<gates.value>, Columns>(a.recurrent.strips, s.hidden, s.batch,
+                                                [&](int64_t b, int64_t j) { layer.start(b, j); });
+  });
+  for_own_units<kOutputs, Columns>(a.projection.strips, s.output, s.batch,
+                                   [&](int64_t b, int64_t j) { layer.start_projected(b, j); });
+
+  for (int64_t step = 0; step < s.steps; ++step) {
+    const int64_t t = times.time(step);
+    const uint32_t done = static_cast<uint32_t>(step);
+    const T* former = static_cast<const T*>(p.y) + (s.reverse ? t + 1 : t - 1) * s.batch * s.output;
+    if (p.exchange != nullptr) {
+      T* const exchange = static_cast<T*>(p.exchange);
+      former = exchange + step % 2 * s.batch * p.output_row;
+      layer.next = exchange + (step + 1) % 2 * s.batch * p.output_row;
+    }
+    for (int64_t first = 0; first < s.batch; first += Columns) {
+      uint32_t* const of_cells = p.flags + first / Columns * (a.recurrent.strips + a.projection.strips);
+      uint32_t* const of_outputs = of_cells + a.recurrent.strips;
+      const bool any = times.any_runs<Columns>(t, first);
+      for (int phase = 0; phase < (projects ? 2 : 1); ++phase) {
+        const Weights& w = phase == 0 ? a.recurrent : a.projection;
+        int own = 0;
+        for (int strip = blockIdx.x; strip < w.strips; strip += gridDim.x, ++own) {
+          Inputs ahead{};
+          if (phase == 0) {
+            with_gates(s.cell, [&](auto gates) {
+              constexpr int kOwn = kUnits<gates.value>;
+              const int64_t j = int64_t{strip} * kOwn + threadIdx.x % kOwn, b = first + threadIdx.x / kOwn;
+              if (threadIdx.x < kOwn * Columns && j < s.hidden && times.runs(t, b)) {
+                ahead = layer.template load<gates.value>(t, b, j);
+              }
+            });
+          }
+          if (any) {
+            if (own == 0 && phase == 1) {
+              wait_for_depth<ProductType::kDepth>(w, of_cells, a.recurrent.strips, a.units, done + 1);
+            } else if (own == 0 && projects) {
+              wait_for_depth<ProductType::kDepth>(w, of_outputs, a.projection.strips, kOutputs, done);
+            } else if (own == 0) {
+              wait_for_depth<ProductType::kDepth>(w, of_cells, a.recurrent.strips, a.units, done);
+            }
+            product(w, strip, own, [&](int column) -> const T* {
+              const int64_t b = first + column;
+              if (!times.runs(t, b)) return nullptr;
+              if (phase == 1) return static_cast<const T*>(p.unprojected) + b * p.hidden_row;
+              return (t == times.first_time(b) ? static_cast<const T*>(p.first_h) : former) + b * p.output_row;
+            });
+            __syncthreads();
+          }
+          if (phase == 0) {
+            with_gates(s.cell, [&](auto gates) {
+              constexpr int kOwn = kUnits<gates.value>;
+              for_items<kOwn, Columns>([&](int unit, int column) {
+                const int64_t j = int64_t{strip} * kOwn + unit, b = first + column;
+                if (j >= s.hidden || b >= s.batch) return;
+                if (!times.runs(t, b)) return layer.rest(t, b, j);
+                const bool loaded = column * kOwn + unit == static_cast<int>(threadIdx.x);
+                const Inputs in = loaded ? ahead : layer.template load<gates.value>(t, b, j);
+                float sums[gates.value];
+#pragma unroll
+                for (int g = 0; g < gates.value; ++g) sums[g] = product.sum(w, unit, g, column);
+                layer.template run<gates.value>(t, b, j, in, sums);
+              });
+            });
+            publish(of_cells + strip, done + 1);
+          } else {
+            for_items<kOutputs, Columns>([&](int unit, int column) {
+              const int64_t j = int64_t{strip} * kOutputs + unit, b = first + column;
+              if (j >= s.output || b >= s.batch) return;
+              if (times.runs(t, b)) return layer.emit(t, b, j, product.sum(w, unit, 0, column));
+              store_float<T>(p.y, (t * s.batch + b) * s.output + j, 0.0f);
+            });
+            publish(of_outputs + strip, done + 1);
+          }
+        }
+      }
+    }
+  }
+}
+
+template <class C, int Columns>
+void launch_forward(const RecurrentForwardPass& pass, Stream stream) {
+  using ProductType = Product<C, kTiles, Columns, kSlots>;
+  const RecurrentShape& s = pass.shape;
+  Parameters a{pass, {}, {}, kTiles * units_of_tile(gates_of(s.cell)), {}};
+  a.recurrent = weights_of<ProductType, kTiles>(pass.w_hh, s.hidden, pass.output_row, gates_of(s.cell));
+  if (pass.w_hr != nullptr) a.projection = weights_of<ProductType, kTiles>(pass.w_hr, s.output, pass.hidden_row, 1);
+  const Plan plan = plan_for<ProductType>("recurrent_forward", reinterpret_cast<const void*>(&forward<C, Columns>),
+                                          a.recurrent, a.projection, s.steps);
+  a.residence = plan.residence;
+  launch({"recurrent_forward", static_cast<unsigned>(plan.blocks), kThreads, stream, plan.shared, true},
+         forward<C, Columns>, a);
+}
+
+}  // namespace
+
+int64_t recurrent_flags(const RecurrentShape& s) {
+  // One a strip, of the fewest units that one has in either direction, and a group of the fewest rows.
+  return (s.hidden / (kTiles * units_of_tile(4)) + s.output / units_of_tile(1) + 2) * (s.batch / 16 + 1);
+}
+
+void recurrent_forward(const RecurrentForwardPass& p, Stream stream) {
+  with_arithmetic(p.shape, [&](auto arithmetic) {
+    using C = decltype(arithmetic);
+    if (p.shape.batch <= 16) return launch_forward<C, 16>(p, stream);
+    launch_forward<C, 32>(p, stream);
+  });
+}
+
+}  // namespace fastnets::cuda

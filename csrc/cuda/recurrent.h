@@ -1,0 +1,355 @@
+// What the two persistent kernels of the recurrent layers share: weights that stay on the chip for a whole sequence,
+// the product of one step with them, and the flags by which blocks hand one step's result to the next step.
+//
+// A product is sums[rows of weights, batch] on tensor cores, the weights as left operand: of a batch of one, too, only
+// its own column is read. Rows of the weights go in tiles of 16, so many hidden units with all their gates that fit;
+// `Tiles` of them are a strip, the work of one block, which may have several strips. A block's warps share the depth.
+// It runs in chunks of 64 bytes; of a chunk each lane reads 16 bytes of every row, of weights and batch alike: the
+// order in which a product runs through its depth is free, so fragments need no other layout than the tensors'.
+#pragma once
+
+#include "../cells.h"
+#include "launch.h"
+#include "tile.h"
+
+namespace fastnets::cuda {
+
+constexpr int kWarps = 8, kThreads = 32 * kWarps;
+
+struct Weights {
+  const void* data;         // [gates * units, depth], rows of whole pieces of 16 bytes
+  int units, depth, gates;  // row g * units + j is gate g of unit j
+  int strips;
+  int slots;       // chunks of the depth that a warp has of every strip
+  int first_slot;  // where this block's chunks begin in the order in which they stay on the chip
+};
+
+// A block's part of the chip: the first chunks of each warp stay in registers, the next ones in shared memory; what is
+// left is read from global memory at every step.
+struct Residence {
+  int in_registers, in_shared;  // slots
+};
+
+__host__ __device__ constexpr int units_of_tile(int gates) { return 16 / gates; }
+
+template <class M>
+struct DeviceMath {
+  using Vector = M;
+  static __device__ __forceinline__ M sigmoid(M x) { return 1.0f / (1.0f + expf(-x)); }
+  static __device__ __forceinline__ M tanh(M x) { return tanhf(x); }
+  static __device__ __forceinline__ M positive(M x, M y) { return x <= 0.0f ? 0.0f : y; }  // y where x > 0; NaN stays
+};
+using Math = DeviceMath<float>;
+
+// 16 bytes of a row from k on; zeros behind its end and where there is no row.
+template <class T>
+__device__ __forceinline__ void load_piece(uint32_t (&words)[4], const T* row, int k, int depth) {
+  const bool inside = row != nullptr && k < depth;
+  const Vector<T, kChunk<T>> piece = load_global_if<kChunk<T>>(inside, inside ? row + k : row);
+  __builtin_memcpy(words, &piece, sizeof(piece));
+}
+
+// Columns: rows of the batch that a product covers. Slots: those that stay in registers, fewer of an arithmetic in two
+// parts, for the compiler keeps both.
+template <class C, int Tiles, int Columns, int Slots>
+class Product {
+  using T = typename C::Storage;
+  static constexpr int kBlocks = Columns / 8, kPitch = Columns + 1;
+  static constexpr int kAhead = 64 / Columns / C::kParts;  // chunks of the batch that are under way at once
+
+ public:
+  static constexpr int kDepth = 4 * kChunk<T>;  // elements of a chunk
+  static constexpr int kRegisterSlots = Slots / C::kParts / (C::kParts * Columns > 32 ? 2 : 1);
+  static constexpr int kSumBytes = kWarps * Tiles * 16 * kPitch * sizeof(float);
+  static constexpr int kSlotBytes = kThreads * Tiles * 2 * 16;
+
+  // `shared`: kSumBytes, then kSlotBytes for each slot in shared memory.
+  __device__ __forceinline__ Product(unsigned char* shared, Residence residence)
+      : sums_(reinterpret_cast<float*>(shared)),
+        kept_(reinterpret_cast<uint32_t*>(shared + (kSumBytes + 15) / 16 * 16) + threadIdx.x * 4),
+        residence_(residence) {}
+
+  static int shared_bytes(int slots) { return (kSumBytes + 15) / 16 * 16 + slots * kSlotBytes; }
+
+  // Brings this block's part of the weights where it stays. A thread reads what it has written itself, and that alone.
+  __device__ __forceinline__ void keep(const Weights& w) {
+    if (w.first_slot == 0) {
+#pragma unroll
+      for (int j = 0; j < kRegisterSlots; ++j) load_left(held_[j], w, blockIdx.x, j, j < residence_.in_registers);
+    }
+    int slot = w.first_slot - residence_.in_registers;
+    for (int strip = blockIdx.x; strip < w.strips; strip += gridDim.x) {
+      for (int j = 0; j < w.slots; ++j, ++slot) {
+        if (slot < 0) continue;
+        if (slot >= residence_.in_shared) return;
+        Left left;
+        load_left(left, w, strip, j, true);
+#pragma unroll
+        for (int i = 0; i < 2 * Tiles; ++i) {
+          store_shared(kept_ + (slot * 2 * Tiles + i) * kThreads * 4, as_vector(left.words[i]));
+        }
+      }
+    }
+  }
+
+  // Multiplies a strip, this block's `own`-th, with the batch, whose row for column c is row_of(c), null for zeros. The
+  // sums are there after the next barrier.
+  template <class RowOf>
+  __device__ __forceinline__ void operator()(const Weights& w, int strip, int own, const RowOf& row_of) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = warp * w.slots;
+    const int count = min(w.slots, (w.depth + kDepth - 1) / kDepth - first);
+    if (count <= 0) return;
+    const T* rows[kBlocks];
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n) rows[n] = row_of(8 * n + lane / 4);
+    float sums[Tiles][kBlocks][4] = {};
+    int j = 0;
+    if (own == 0 && w.first_slot == 0 && residence_.in_registers > 0) {
+#pragma unroll
+      for (; j < kRegisterSlots; j += kAhead) {
+        uint32_t right[kAhead][kBlocks][4];
+#pragma unroll
+        for (int a = 0; a < kAhead; ++a) {
+          load_right(right[a], w, rows, first + j + a, j + a < min(count, kRegisterSlots));
+        }
+#pragma unroll
+        for (int a = 0; a < kAhead; ++a) {
+          if (j + a < kRegisterSlots && j + a < count) multiply(sums, held_[min(j + a, kRegisterSlots - 1)], right[a]);
+        }
+      }
+      j = kRegisterSlots;
+    }
+    for (; j < count; ++j) {
+      uint32_t right[kBlocks][4];
+      load_right(right, w, rows, first + j, true);
+      const int slot = w.first_slot + own * w.slots + j - residence_.in_registers;
+      Left left;
+      if (slot < residence_.in_shared) {
+#pragma unroll
+        for (int i = 0; i < 2 * Tiles; ++i) {
+          const auto piece = load_shared<4>(kept_ + (slot * 2 * Tiles + i) * kThreads * 4);
+          __builtin_memcpy(left.words[i], &piece, sizeof(piece));
+        }
+      } else {
+        load_left(left, w, strip, j, true);
+      }
+      multiply(sums, left, right);
+    }
+#pragma unroll
+    for (int tile = 0; tile < Tiles; ++tile) {
+#pragma unroll
+      for (int n = 0; n < kBlocks; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int row = (warp * Tiles + tile) * 16 + lane / 4 + i / 2 * 8;
+          store_shared(sums_ + row * kPitch + 8 * n + lane % 4 * 2 + i % 2, sums[tile][n][i]);
+        }
+      }
+    }
+  }
+
+  // The sum of gate `gate` of the strip's unit `unit`, for the batch's column.
+  __device__ __forceinline__ float sum(const Weights& w, int unit, int gate, int column) const {
+    const int units = units_of_tile(w.gates), row = unit / units * 16 + unit % units * w.gates + gate;
+    const int chunks = (w.depth + kDepth - 1) / kDepth, warps = (chunks + w.slots - 1) / w.slots;
+    float total = 0.0f;
+    for (int warp = 0; warp < warps; ++warp) {
+      total += load_shared(sums_ + (warp * Tiles * 16 + row) * kPitch + column);
+    }
+    return total;
+  }
+
+ private:
+  // Of both rows that a lane has of every tile, lane / 4 and eight further, 16 bytes.
+  struct Left {
+    uint32_t words[2 * Tiles][4];
+  };
+
+  static __device__ __forceinline__ Vector<uint32_t, 4> as_vector(const uint32_t (&words)[4]) {
+    return {{words[0], words[1], words[2], words[3]}};
+  }
+
+  static __device__ __forceinline__ void load_left(Left& left, const Weights& w, int strip, int j, bool exists) {
+    const int lane = threadIdx.x % 32, chunk = threadIdx.x / 32 * w.slots + j, units = units_of_tile(w.gates);
+#pragma unroll
+    for (int i = 0; i < 2 * Tiles; ++i) {
+      const int row = lane / 4 + i % 2 * 8, of_tile = row / w.gates, gate = row - of_tile * w.gates;
+      const int unit = (strip * Tiles + i / 2) * units + of_tile;
+      const bool inside = exists && of_tile < units && unit < w.units;
+      const T* const from = static_cast<const T*>(w.data) + (int64_t{gate} * w.units + unit) * w.depth;
+      load_piece(left.words[i], inside ? from : nullptr, chunk * kDepth + lane % 4 * kChunk<T>, w.depth);
+    }
+  }
+
+  static __device__ __forceinline__ void load_right(uint32_t (&right)[kBlocks][4], const Weights& w,
+                                                    const T* const (&rows)[kBlocks], int chunk, bool exists) {
+    const int k = chunk * kDepth + threadIdx.x % 4 * kChunk<T>;
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n) load_piece(right[n], exists ? rows[n] : nullptr, k, w.depth);
+  }
+
+  // A lane's 16 bytes are two products' depth: the first half and the second.
+  static __device__ __forceinline__ void multiply(float (&sums)[Tiles][kBlocks][4], const Left& left,
+                                                  const uint32_t (&right)[kBlocks][4]) {
+#pragma unroll
+    for (int half = 0; half < 4; half += 2) {
+      Fragment<C> a[Tiles];
+#pragma unroll
+      for (int tile = 0; tile < Tiles; ++tile) {
+        const uint32_t (&upper)[4] = left.words[2 * tile], (&lower)[4] = left.words[2 * tile + 1];
+        a[tile] = to_fragment<C>({upper[half], lower[half], upper[half + 1], lower[half + 1]});
+      }
+#pragma unroll
+      for (int n = 0; n < kBlocks; n += 2) {
+        const Fragment<C> b =
+            to_fragment<C>({right[n][half], right[n][half + 1], right[n + 1][half], right[n + 1][half + 1]});
+#pragma unroll
+        for (int tile = 0; tile < Tiles; ++tile) {
+          fastnets::multiply<C>(sums[tile][n], sums[tile][n + 1], a[tile], b);
+        }
+      }
+    }
+  }
+
+  float* sums_;     // [warp][row][column]
+  uint32_t* kept_;  // [slot][2 Tiles][thread][4]
+  Residence residence_;
+  Left held_[kRegisterSlots];
+};
+
+// Every strip has a flag for every group of the batch's rows: how many steps of it are done, written by the block that
+// has the strip and read by those that need its units. Nobody waits for a strip that it does not read.
+__device__ __forceinline__ void wait_for(const uint32_t* flags, int first, int past, uint32_t steps) {
+  for (int i = first + static_cast<int>(threadIdx.x) % 32; i < past; i += 32) {
+    while (load_acquire(flags + i) < steps) {
+    }
+  }
+  __syncwarp();
+}
+
+// Waits for the strips of `units` units each that make what this warp reads of a product's other operand.
+template <int Depth>
+__device__ __forceinline__ void wait_for_depth(const Weights& w, const uint32_t* flags, int strips, int units,
+                                               uint32_t steps) {
+  const int first = static_cast<int>(threadIdx.x) / 32 * w.slots * Depth;
+  wait_for(flags, first / units, min((first + w.slots * Depth + units - 1) / units, strips), steps);
+}
+
+// After the block's threads have stored what the step gave, and read the sums it was made of.
+__device__ __forceinline__ void publish(uint32_t* flag, uint32_t steps) {
+  __syncthreads();
+  if (threadIdx.x == 0) store_release(flag, steps);
+}
+
+__host__ __device__ constexpr int gates_of(Cell cell) { return cell == Cell::kLstm ? 4 : cell == Cell::kGru ? 3 : 1; }
+
+// Calls f with the number of the cell's gates as a constant.
+template <class F>
+__device__ __forceinline__ void with_gates(Cell cell, F&& f) {
+  switch (cell) {
+    case Cell::kLstm: return f(std::integral_constant<int, 4>{});
+    case Cell::kGru: return f(std::integral_constant<int, 3>{});
+    default: return f(std::integral_constant<int, 1>{});
+  }
+}
+
+// Calls f with a value of the arithmetic of the layer's products.
+template <class F>
+void with_arithmetic(const RecurrentShape& s, F&& f) {
+  switch (s.dtype) {
+    case Dtype::kBFloat16: return f(Bf16{});
+    case Dtype::kFloat16: return f(Fp16{});
+    case Dtype::kFloat32: return s.tf32 ? f(Tf32{}) : f(Fp32{});
+    default: throw std::invalid_argument("the CUDA kernels take float32, bfloat16 and float16");
+  }
+}
+
+// Where each sequence begins and ends: rows that run at time t are those with t < length.
+struct Times {
+  const RecurrentShape& s;
+
+  __device__ __forceinline__ int64_t time(int64_t step) const { return s.reverse ? s.steps - 1 - step : step; }
+  __device__ __forceinline__ int64_t length(int64_t b) const {
+    if (s.lengths == nullptr) return s.steps;
+    const int64_t given = load_global(s.lengths + b);
+    return given < 0 ? 0 : given < s.steps ? given : s.steps;
+  }
+  __device__ __forceinline__ bool runs(int64_t t, int64_t b) const { return b < s.batch && t < length(b); }
+  __device__ __forceinline__ int64_t first_time(int64_t b) const { return s.reverse ? length(b) - 1 : 0; }
+  __device__ __forceinline__ int64_t last_time(int64_t b) const { return s.reverse ? 0 : length(b) - 1; }
+  // Whether any of these rows runs; the same in every warp.
+  template <int Columns>
+  __device__ __forceinline__ bool any_runs(int64_t t, int64_t first) const {
+    return __any_sync(~0u, threadIdx.x % 32 < Columns && runs(t, first + threadIdx.x % 32));
+  }
+};
+
+template <class T>
+__device__ __forceinline__ float load_float(const void* p, int64_t i) {
+  return to_float(load_global(static_cast<const T*>(p) + i));
+}
+template <class T>
+__device__ __forceinline__ void store_float(void* p, int64_t i, float x) {
+  store_global(static_cast<T*>(p) + i, from_float<T>(x));
+}
+
+// Calls f(unit, column) for this thread's share of a strip's units and the batch's columns.
+template <int Units, int Columns, class F>
+__device__ __forceinline__ void for_items(F&& f) {
+#pragma unroll 1
+  for (int i = threadIdx.x; i < Units * Columns; i += kThreads) f(i % Units, i / Units);
+}
+
+// Calls f(row of the batch, unit) for this thread's share of every strip that the block has.
+template <int Units, int Columns, class F>
+__device__ __forceinline__ void for_own_units(int strips, int64_t units, int64_t batch, F&& f) {
+  for (int strip = blockIdx.x; strip < strips; strip += gridDim.x) {
+    for (int64_t first = 0; first < batch; first += Columns) {
+      for_items<Units, Columns>([&](int unit, int column) {
+        const int64_t j = int64_t{strip} * Units + unit, b = first + column;
+        if (j < units && b < batch) f(b, j);
+      });
+    }
+  }
+}
+
+// How the strips of a layer's products go over the blocks of a launch, and what of their weights stays on the chip.
+struct Plan {
+  int blocks;
+  size_t shared;
+  Residence residence;
+};
+
+template <class ProductType, int Tiles>
+Weights weights_of(const void* data, int64_t units, int64_t depth, int gates) {
+  const int units_of_strip = Tiles * units_of_tile(gates);
+  const int chunks = static_cast<int>((depth + ProductType::kDepth - 1) / ProductType::kDepth);
+  return {data,
+          static_cast<int>(units),
+          static_cast<int>(depth),
+          gates,
+          static_cast<int>((units + units_of_strip - 1) / units_of_strip),
+          (chunks + kWarps - 1) / kWarps,
+          0};
+}
+
+// `second` may have no strips. A sequence of one step keeps nothing: it reads its weights once.
+template <class ProductType>
+Plan plan_for(const char* name, const void* kernel, Weights& first, Weights& second, int64_t steps) {
+  const size_t limit = shared_limit();
+  const int room = static_cast<int>((limit - ProductType::shared_bytes(0)) / ProductType::kSlotBytes);
+  const int resident = resident_blocks(kernel, kThreads, ProductType::shared_bytes(room));
+  if (resident == 0) throw std::runtime_error(std::string(name) + ": the device takes no cooperative launch");
+  const int strips = std::max(first.strips, second.strips), each = (strips + resident - 1) / resident;
+  Plan plan{(strips + each - 1) / each, 0, {}};
+  const auto slots = [&](const Weights& w) { return (w.strips + plan.blocks - 1) / plan.blocks * w.slots; };
+  second.first_slot = slots(first);
+  if (steps > 1) {
+    plan.residence.in_registers = std::min(first.slots, ProductType::kRegisterSlots);
+    plan.residence.in_shared = std::min(room, slots(first) + slots(second) - plan.residence.in_registers);
+  }
+  plan.shared = ProductType::shared_bytes(plan.residence.in_shared);
+  return plan;
+}
+
+}  // namespace fastnets::cuda

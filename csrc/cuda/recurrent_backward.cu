@@ -1,0 +1,253 @@
+// A recurrent layer backwards over a whole sequence in one cooperative launch, as forwards: the transposed weights stay
+// on the chip, and the gradients of the gates are the exchange. The products over all steps follow elsewhere, so that
+// nothing here is summed in an order that could differ.
+#include "recurrent.h"
+
+namespace fastnets::cuda {
+namespace {
+
+constexpr int kTiles = 1, kSlots = 6;              // more would spill
+constexpr int kUnits = kTiles * units_of_tile(1);  // of a strip
+
+struct Parameters {
+  RecurrentBackwardPass pass;
+  Weights recurrent, projection;  // w_hh and w_hr transposed
+  Residence residence;
+};
+
+// What one hidden unit of one row needs beside the gradient of its h, loaded ahead of that.
+struct Inputs {
+  float gates[4], c, c_before, grad_c, h;
+};
+
+template <class T>
+struct Layer {
+  const RecurrentBackwardPass& p;
+  const RecurrentShape& s = p.shape;
+  const Times times{p.shape};
+
+  // The gradients of the last states.
+  __device__ __forceinline__ void start(int64_t b, int64_t j) const {
+    const int64_t at = b * s.output + j;
+    store_global(p.carried + at, p.grad_h == nullptr ? 0.0f : load_float<T>(p.grad_h, at));
+  }
+  __device__ __forceinline__ void start_cell(int64_t b, int64_t j) const {
+    const int64_t at = b * s.hidden + j;
+    store_global(p.state + at, p.grad_c == nullptr ? 0.0f : load_float<T>(p.grad_c, at));
+  }
+  __device__ __forceinline__ void finish_cell(int64_t b, int64_t j) const {
+    const int64_t at = b * s.hidden + j;
+    store_float<T>(p.grad_c0, at, load_global(p.state + at));
+  }
+
+  __device__ __forceinline__ int64_t before(int64_t t) const { return s.reverse ? t + 1 : t - 1; }
+
+  template <int Gates>
+  __device__ __forceinline__ Inputs load(int64_t t, int64_t b, int64_t j) const {
+    Inputs in;
+    const int64_t unit = b * s.hidden + j;
+    const bool first = t == times.first_time(b);
+    if (Gates > 1) {
+      const float* const gates = static_cast<const float*>(p.gates) + (t * s.batch + b) * 4 * s.hidden + j;
+#pragma unroll
+      for (int g = 0; g < 4; ++g) in.gates[g] = load_global(gates + g * s.hidden);
+    }
+    if (Gates == 4) {
+      const float* const cells = static_cast<const float*>(p.cells);
+      in.c = load_global(cells + t * s.batch * s.hidden + unit);
+      in.c_before = first ? load_float<T>(p.c0, unit) : load_global(cells + before(t) * s.batch * s.hidden + unit);
+      in.grad_c = load_global(p.state + unit);
+    } else if (Gates == 3) {
+      in.h = first ? load_float<T>(p.h0, unit) : load_float<T>(p.y, before(t) * s.batch * s.hidden + unit);
+    } else {
+      in.h = load_float<T>(p.y, t * s.batch * s.hidden + unit);
+    }
+    return in;
+  }
+
+  // Adds to the gradient of h what comes to it otherwise than through the next step's gates. False: that was all.
+  __device__ __forceinline__ bool pass_on(int64_t t, int64_t b, int64_t j, bool ends, float& grad) const {
+    const int64_t at = b * s.output + j, in_all = t * s.batch * s.output + at;
+    grad += load_global(p.carried + at);
+    if (ends) {
+      store_float<T>(p.grad_h0, at, grad);
+      return false;
+    }
+    const bool runs = times.runs(t, b);
+    // The state passes through a step in which the row rests unchanged, and so does its gradient.
+    store_global(p.carried + at, runs ? 0.0f : grad);
+    if (runs && p.grad_y != nullptr) grad += load_float<T>(p.grad_y, in_all);
+    if (runs && p.h_before != nullptr && t == times.first_time(b)) {
+      store_float<T>(p.h_before, in_all, load_float<T>(p.h0, at));
+    }
+    if (p.w_hr != nullptr) {
+      store_float<T>(p.grad_projected, (t * s.batch + b) * p.output_row + j, runs ? grad : 0.0f);
+    }
+    return true;
+  }
+
+  // From the gradient of the unit's h.
+  template <int Gates>
+  __device__ __forceinline__ void run(int64_t t, int64_t b, int64_t j, const Inputs& in, float grad) const {
+    float gates[4] = {in.gates[0], in.gates[1], in.gates[2], in.gates[3]};
+    if constexpr (Gates == 4) {
+      if (p.w_hr != nullptr) {
+        store_float<T>(p.unprojected, (t * s.batch + b) * s.hidden + j, LstmCell<Math>::output(gates, in.c));
+      }
+      float grad_c = in.grad_c;
+      LstmCell<Math>::backward(gates, in.c_before, in.c, grad, grad_c);
+      store_global(p.state + b * s.hidden + j, grad_c);
+      store_gates<Gates>(t, b, j, {gates[0], gates[1], gates[2], gates[3]});
+    } else if constexpr (Gates == 3) {
+      store_global(p.carried + b * s.output + j, GruCell<Math>::backward(gates, in.h, grad));
+      store_gates<Gates>(t, b, j, {gates[1], gates[2], gates[3]});
+      store_inputs<Gates>(t, b, j, {gates[1], gates[2], gates[0]});
+    } else {
+      const bool tanh = s.cell == Cell::kRnnTanh;
+      store_gates<Gates>(t, b, j, {tanh ? TanhCell<Math>::backward(in.h, grad) : ReluCell<Math>::backward(in.h, grad)});
+    }
+  }
+
+  // What a row that rests leaves behind.
+  template <int Gates>
+  __device__ __forceinline__ void rest(int64_t t, int64_t b, int64_t j) const {
+    store_gates<Gates>(t, b, j, {});
+    if (Gates == 3) store_inputs<Gates>(t, b, j, {});
+    if (p.w_hr != nullptr) store_float<T>(p.unprojected, (t * s.batch + b) * s.hidden + j, 0.0f);
+  }
+
+  template <int Gates>
+  __device__ __forceinline__ void store_gates(int64_t t, int64_t b, int64_t j, const float (&grads)[Gates]) const {
+#pragma unroll
+    for (int g = 0; g < Gates; ++g) {
+      store_float<T>(p.grad_gates, (t * s.batch + b) * p.gates_row + g * s.hidden + j, grads[g]);
+    }
+  }
+  template <int Gates>
+  __device__ __forceinline__ void store_inputs(int64_t t, int64_t b, int64_t j, const float (&grads)[Gates]) const {
+#pragma unroll
+    for (int g = 0; g < Gates; ++g) {
+      store_float<T>(p.grad_inputs, ((t * s.batch + b) * Gates + g) * s.hidden + j, grads[g]);
+    }
+  }
+};
+
+// Waits for the strips that make the gates' gradients that this warp reads: those of some units, or of all where its
+// share of the depth spans two gates.
+template <int Depth>
+__device__ __forceinline__ void wait_for_gates(const Weights& w, const uint32_t* flags, int strips, int hidden,
+                                               uint32_t steps) {
+  const int first = static_cast<int>(threadIdx.x) / 32 * w.slots * Depth, last = first + w.slots * Depth - 1;
+  const bool one_gate = first / hidden == last / hidden;
+  wait_for(flags, one_gate ? first % hidden / kUnits : 0, one_gate ? last % hidden / kUnits + 1 : strips, steps);
+}
+
+template <class C, int Columns>
+__global__ void __launch_bounds__(kThreads, 1) backward(Parameters a) {
+  using T = typename C::Storage;
+  using ProductType = Product<C, kTiles, Columns, kSlots>;
+  DYNAMIC_SHARED(memory);
+  ProductType product(memory, a.residence);
+  product.keep(a.recurrent);
+  if (a.projection.strips > 0) product.keep(a.projection);
+
+  const RecurrentBackwardPass& p = a.pass;
+  const RecurrentShape& s = p.shape;
+  const Layer<T> layer{p};
+  const Times times{s};
+  const bool projects = a.projection.strips > 0;
+  const int cell_strips = projects ? a.projection.strips : a.recurrent.strips;  // that make the gates' gradients
+  for_own_units<kUnits, Columns>(a.recurrent.strips, s.output, s.batch,
+                                 [&](int64_t b, int64_t j) { layer.start(b, j); });
+  if (s.cell == Cell::kLstm) {
+    for_own_units<kUnits, Columns>(cell_strips, s.hidden, s.batch,
+                                   [&](int64_t b, int64_t j) { layer.start_cell(b, j); });
+  }
+
+  // One more than there are: the last gives the gradient of the first h.
+  for (int64_t step = 0; step <= s.steps; ++step) {
+    const bool ends = step == s.steps;
+    const int64_t t = times.time(s.steps - 1 - step), former = times.time(s.steps - step);
+    const uint32_t done = static_cast<uint32_t>(step);
+    for (int64_t first = 0; first < s.batch; first += Columns) {
+      uint32_t* const of_outputs = p.flags + first / Columns * (a.recurrent.strips + a.projection.strips);
+      uint32_t* const of_cells = of_outputs + (projects ? a.recurrent.strips : 0);
+      for (int phase = 0; phase < (projects && !ends ? 2 : 1); ++phase) {
+        const Weights& w = phase == 0 ? a.recurrent : a.projection;
+        const bool has_cells =
+            phase == (projects ? 1 : 0);  // else it makes the gradient of h, to be taken through w_hr
+        const bool any =
+            phase == 1 ? times.any_runs<Columns>(t, first) : step > 0 && times.any_runs<Columns>(former, first);
+        int own = 0;
+        for (int strip = blockIdx.x; strip < w.strips; strip += gridDim.x, ++own) {
+          const int64_t first_unit = int64_t{strip} * kUnits;
+          Inputs ahead{};
+          if (has_cells && !ends && threadIdx.x < kUnits * Columns) {
+            const int64_t j = first_unit + threadIdx.x % kUnits, b = first + threadIdx.x / kUnits;
+            if (j < s.hidden && times.runs(t, b)) {
+              with_gates(s.cell, [&](auto gates) { ahead = layer.template load<gates.value>(t, b, j); });
+            }
+          }
+          if (any) {
+            if (own == 0 && phase == 1) {
+              wait_for_depth<ProductType::kDepth>(w, of_outputs, a.recurrent.strips, kUnits, done + 1);
+            } else if (own == 0) {
+              wait_for_gates<ProductType::kDepth>(w, of_cells, cell_strips, s.hidden, done);
+            }
+            product(w, strip, own, [&](int column) -> const T* {
+              const int64_t b = first + column;
+              if (!times.runs(phase == 1 ? t : former, b)) return nullptr;
+              if (phase == 1) return static_cast<const T*>(p.grad_projected) + (t * s.batch + b) * p.output_row;
+              return static_cast<const T*>(p.grad_gates) + (former * s.batch + b) * p.gates_row;
+            });
+            __syncthreads();
+          }
+          for_items<kUnits, Columns>([&](int unit, int column) {
+            const int64_t j = first_unit + unit, b = first + column;
+            if (j >= w.units || b >= s.batch) return;
+            float grad = any ? product.sum(w, unit, 0, column) : 0.0f;
+            if (phase == 0 && !layer.pass_on(t, b, j, ends, grad)) return;
+            if (!has_cells) return;
+            const bool loaded = column * kUnits + unit == static_cast<int>(threadIdx.x);
+            with_gates(s.cell, [&](auto gates) {
+              if (!times.runs(t, b)) return layer.template rest<gates.value>(t, b, j);
+              layer.template run<gates.value>(t, b, j, loaded ? ahead : layer.template load<gates.value>(t, b, j),
+                                              grad);
+            });
+          });
+          publish((phase == 0 ? of_outputs : of_cells) + strip, done + 1);
+        }
+      }
+    }
+  }
+  if (s.cell == Cell::kLstm) {
+    for_own_units<kUnits, Columns>(cell_strips, s.hidden, s.batch,
+                                   [&](int64_t b, int64_t j) { layer.finish_cell(b, j); });
+  }
+}
+
+template <class C, int Columns>
+void launch_backward(const RecurrentBackwardPass& pass, Stream stream) {
+  using ProductType = Product<C, kTiles, Columns, kSlots>;
+  const RecurrentShape& s = pass.shape;
+  Parameters a{pass, {}, {}, {}};
+  a.recurrent = weights_of<ProductType, kTiles>(pass.w_hh, s.output, pass.gates_row, 1);
+  if (pass.w_hr != nullptr) a.projection = weights_of<ProductType, kTiles>(pass.w_hr, s.hidden, pass.output_row, 1);
+  const Plan plan = plan_for<ProductType>("recurrent_backward", reinterpret_cast<const void*>(&backward<C, Columns>),
+                                          a.recurrent, a.projection, s.steps);
+  a.residence = plan.residence;
+  launch({"recurrent_backward", static_cast<unsigned>(plan.blocks), kThreads, stream, plan.shared, true},
+         backward<C, Columns>, a);
+}
+
+}  // namespace
+
+void recurrent_backward(const RecurrentBackwardPass& p, Stream stream) {
+  with_arithmetic(p.shape, [&](auto arithmetic) {
+    using C = decltype(arithmetic);
+    if (p.shape.batch <= 16) return launch_backward<C, 16>(p, stream);
+    launch_backward<C, 32>(p, stream);
+  });
+}
+
+}  // namespace fastnets::cuda

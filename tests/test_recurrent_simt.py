@@ -1,0 +1,149 @@
+"""The persistent recurrent kernels on the SIMT device, beyond the operator table: schedules, residence, traffic."""
+
+import pytest
+import torch
+
+import fastnets
+from fastnets import dispatch
+from fastnets.ops.recurrent import GATES, recurrent
+from fastnets.reference.recurrent import CELLS
+from fastnets.testing import full_precision
+
+pytestmark = pytest.mark.skipif(dispatch.why_missing("simt") is not None, reason=str(dispatch.why_missing("simt")))
+
+
+@pytest.fixture
+def device():
+    from fastnets import _simt
+
+    shared, resident = _simt.shared_limit(), _simt.resident_limit()
+    with full_precision():
+        yield _simt
+    _simt.set_shared_limit(shared)
+    _simt.set_resident_limit(resident)
+    _simt.set_seed(0)
+    _simt.set_counting(False)
+
+
+def _operands(cell, dtype=torch.float32, steps=4, batch=5, features=3, hidden=20, proj=0):
+    generator = torch.Generator().manual_seed(3)
+    gates, outputs, scale = GATES[cell] * hidden, proj or hidden, hidden**-0.5
+    shapes = [(steps, batch, features), (batch, outputs), (batch, hidden), (gates, features), (gates, outputs)]
+    shapes += [(gates,), (gates,), (proj, hidden)]
+    drawn = [torch.randn(shape, generator=generator) * (scale if i > 2 else 1) for i, shape in enumerate(shapes)]
+    drawn = [t.to(dtype) for t in drawn]
+    drawn[2] = drawn[2] if cell == "lstm" else None
+    drawn[7] = drawn[7] if proj else None
+    return drawn
+
+
+def _run(backend, operands, **options):
+    """Every output and every gradient."""
+    operands = [t if t is None else t.detach().requires_grad_() for t in operands]
+    with fastnets.backend(backend):
+        outputs = [t for t in recurrent(*operands, **options) if t is not None]
+        weights = [torch.randn(t.shape, generator=torch.Generator().manual_seed(i)) for i, t in enumerate(outputs)]
+        total = sum((t * w.to(t)).sum() for t, w in zip(outputs, weights, strict=True))
+        return [*outputs, *torch.autograd.grad(total, [t for t in operands if t is not None])]
+
+
+def _assert_close(ours, theirs, **tolerance):
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+OPTIONS = [
+    ("lstm", 0, False, None),
+    ("lstm", 7, True, [4, 0, 2, 1, 3]),
+    ("gru", 0, True, [1, 4, 0, 3, 2]),
+    ("rnn_tanh", 0, False, [2, 0, 4, 4, 1]),
+    ("rnn_relu", 0, True, None),
+]
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize(("cell", "proj", "reverse", "lengths"), OPTIONS)
+def test_every_schedule_gives_the_same_bits(device, cell, proj, reverse, lengths, seed):
+    operands = _operands(cell, proj=proj)
+    options = {"cell": cell, "reverse": reverse, "lengths": None if lengths is None else torch.tensor(lengths)}
+    first = _run("simt", operands, **options)
+    _assert_close(first, _run("cpu", operands, **options), rtol=2e-5, atol=2e-5)
+    device.set_seed(seed)
+    assert all(map(torch.equal, _run("simt", operands, **options), first))
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_where_the_weights_stay_changes_no_bit(device, cell):
+    """In registers and shared memory, partly in global memory; a strip a block, all strips in one block."""
+    operands = _operands(cell, torch.bfloat16, steps=3, batch=3, hidden=72, proj=40 if cell == "lstm" else 0)
+    first = _run("simt", operands, cell=cell)
+    _assert_close(first, _run("cpu", operands, cell=cell), rtol=0.05, atol=0.05)
+    for resident, shared in [(1, 232448), (1, 40 << 10), (2, 70 << 10), (3, 40 << 10)]:
+        device.set_resident_limit(resident)
+        device.set_shared_limit(shared)
+        assert all(map(torch.equal, _run("simt", operands, cell=cell), first))
+
+
+def _loaded(device, kernel, steps, **sizes):
+    """Bytes that a pass over a sequence loads from global memory."""
+    device.reset_counters()
+    _run("simt", _operands("lstm", torch.bfloat16, steps=steps, **sizes), cell="lstm")
+    return device.counters()[kernel]["global_load_bytes"]
+
+
+def test_a_step_loads_no_weights(device):
+    device.set_counting(True)
+    hidden, batch = 64, 2
+    sizes = {"hidden": hidden, "batch": batch, "features": 2}
+    weights = 4 * hidden * hidden * 2
+    blocks = hidden // 8  # of 8 units forwards
+    of_steps = _loaded(device, "recurrent_forward", 5, **sizes) - _loaded(device, "recurrent_forward", 4, **sizes)
+    # Every block reads h; of every unit somebody its gates' share of x, both biases and the state.
+    assert of_steps == blocks * batch * hidden * 2 + batch * hidden * (3 * 4 * 2 + 4)
+    device.set_resident_limit(1)
+    device.set_shared_limit(40 << 10)  # too little for the weights
+    streamed = _loaded(device, "recurrent_forward", 5, **sizes) - _loaded(device, "recurrent_forward", 4, **sizes)
+    assert of_steps < streamed < of_steps + weights
+    assert streamed > weights // 2
+
+
+def test_a_device_without_cooperative_launches_is_told_apart(device):
+    device.set_resident_limit(0)
+    with pytest.raises(RuntimeError, match="recurrent_forward: the device takes no cooperative launch"):
+        _run("simt", _operands("gru"), cell="gru")
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_lengths_that_validation_cannot_see_are_clamped(device, cell):
+    operands = _operands(cell)
+    wild, tame = torch.tensor([99, -7, 3, 1, 0]), torch.tensor([4, 0, 3, 1, 0])
+    run, index = torch.ops.fastnets_simt.recurrent_forward, CELLS.index(cell)
+    mine, true = (run(*operands, lengths, index, True, False, True) for lengths in (wild, tame))
+    assert all(map(torch.equal, mine, true))
+
+
+def test_tf32_where_it_is_allowed(device):
+    operands = _operands("lstm", hidden=64)
+    exact = _run("cpu", operands, cell="lstm")
+    torch.backends.cudnn.rnn.fp32_precision = "tf32"  # full_precision gives it back
+    rounded = _run("simt", operands, cell="lstm")
+    error = max((a - b).abs().max().item() for a, b in zip(rounded, exact, strict=True))
+    assert 1e-5 < error < 2e-2
+
+
+def test_rows_that_miss_their_alignment(device):
+    operands = _operands("gru", torch.bfloat16, hidden=24)
+    shifted = []
+    for t in operands:
+        if t is not None:
+            memory = torch.empty(t.numel() + 1, dtype=t.dtype)
+            t = memory[1:].view_as(t).copy_(t)
+        shifted.append(t)
+    assert all(map(torch.equal, _run("simt", shifted, cell="gru"), _run("simt", operands, cell="gru")))
+
+
+@pytest.mark.parametrize("hidden", [17, 200])
+@pytest.mark.parametrize("cell", CELLS)
+def test_hidden_sizes_that_are_multiples_of_nothing(device, cell, hidden):
+    operands = _operands(cell, steps=2, batch=3, hidden=hidden)
+    _assert_close(_run("simt", operands, cell=cell), _run("cpu", operands, cell=cell), rtol=2e-5, atol=2e-5)

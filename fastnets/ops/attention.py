@@ -36,6 +36,8 @@ class _Attention(_autograd.Call):
         q, k, v, mask, *extra = inputs
         out, log2_sum = outputs[0], outputs[-1]
         grad_out, grad_lse = grads[0], grads[1] if self.lse else None
+        row_bias = needs[3] and mask.size(3) == 1
+        grad_mask = _row_bias_gradient(mask, log2_sum, grad_lse) if row_bias else None
         grad_weights = grads[-1] if self.weights else None
         grad_out = torch.zeros_like(out) if grad_out is None else _rows(grad_out)
         if grad_weights is not None:
@@ -56,10 +58,10 @@ class _Attention(_autograd.Call):
             mask,
             *extra,
             *self.options,
-            needs[3],
+            needs[3] and not row_bias,
             torch.are_deterministic_algorithms_enabled(),
         )
-        return (*found[:3], found[3] if needs[3] else None, None, None, None, None)
+        return (*found[:3], found[3] if needs[3] and not row_bias else grad_mask, None, None, None, None)
 
     def reference(self, *inputs):
         return _asked(reference(*inputs, self.options), self.lse, self.weights)
@@ -68,6 +70,17 @@ class _Attention(_autograd.Call):
 def _asked(results: tuple[Tensor, Tensor, Tensor], lse: bool, weights: bool) -> tuple[Tensor, ...]:
     """Of out, lse and weights those that were asked for."""
     return results[:1] + (results[1:2] if lse else ()) + (results[2:] if weights else ())
+
+
+def _row_bias_gradient(mask: Tensor, log2_sum: Tensor, grad_lse: Tensor | None) -> Tensor:
+    """The gradient of a mask that is the same for all keys of a row: no weight depends on it, and lse grows as it does.
+
+    Summed over the keys it would be rounding alone.
+    """
+    if grad_lse is None:
+        return torch.zeros_like(mask)
+    rows = torch.where(log2_sum == -math.inf, 0.0, grad_lse).unsqueeze(-1)
+    return rows.sum_to_size(mask.shape).to(mask.dtype)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ class Finish {
   // Lines of the result's innermost dimension, set apart so that the accumulators' rows and columns, and reads of four
   // along a line, lie in different banks.
   static constexpr int kChannelPitch = kN + 8, kPixelPitch = kM + 4;
-  static constexpr int kFloats = kM * kChannelPitch > kN* kPixelPitch ? kM * kChannelPitch : kN * kPixelPitch;
+  static constexpr int kFloats = kM * kChannelPitch > kN* kPixelPitch ? kM* kChannelPitch : kN* kPixelPitch;
   static constexpr int kPlaces = kM + 16;
 
  public:

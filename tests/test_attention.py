@@ -497,3 +497,14 @@ def test_memory_is_linear_in_the_length():
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 100 * 1024  # kilobytes
+
+
+def test_a_mask_that_is_the_same_for_all_keys_has_the_gradient_of_lse():
+    q, k, v = (torch.randn(1, 2, 37, 8, requires_grad=True) for _ in range(3))
+    mask = torch.zeros(1, 1, 1, 1, requires_grad=True)
+    out, lse = scaled_dot_product_attention(q, k, v, mask, return_lse=True)
+    factors = torch.randn_like(lse)
+    (from_out,) = torch.autograd.grad(out.sum(), mask, retain_graph=True)
+    assert from_out.eq(0).all()
+    (from_lse,) = torch.autograd.grad(lse, mask, factors)
+    torch.testing.assert_close(from_lse, factors.sum().view(1, 1, 1, 1))

@@ -167,7 +167,6 @@ CASES = [
     # What is the same for all keys moves the log-sum-exp only.
     _ours("bias [B, 1, Lq, 1]", (2, 4, 4, 130, 65, 8, 12), (2, 1, 130, 1), return_lse=True),
     _ours("bias [H, 1, 1]", (1, 4, 2, 70, 70, 16, 16), (4, 1, 1), return_lse=True),
-    _ours("bias [1]", (1, 2, 2, 37, 65, 8, 12), (1, 1, 1, 1), return_lse=True),
     _case("bias [B, 1, 1, Lk], grouped", _GROUPED, (2, 1, 1, 65)),
     # The other options.
     _case("scale 0.3", _square(2, 2, 37, 8), scale=0.3),

@@ -15,17 +15,6 @@ pytestmark = pytest.mark.skipif(dispatch.why_missing("simt") is not None, reason
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.fixture
-def device():
-    from fastnets import _simt
-
-    _simt.set_counting(True)
-    _simt.reset_counters()
-    yield _simt
-    _simt.set_counting(False)
-    _simt.set_seed(0)
-
-
 @st.composite
 def cases(draw, dtype):
     """Any convolution small enough for the SIMT device.

@@ -296,17 +296,6 @@ def test_thread_sanitizer_names_the_line_of_a_race(name):
 needs_simt = pytest.mark.skipif(dispatch.why_missing("simt") is not None, reason=str(dispatch.why_missing("simt")))
 
 
-@pytest.fixture
-def device():
-    from fastnets import _simt
-
-    _simt.set_counting(True)
-    _simt.reset_counters()
-    yield _simt
-    _simt.set_counting(False)
-    _simt.set_seed(0)
-
-
 @needs_simt
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_softmax_moves_no_byte_twice(device, dtype):

@@ -12,19 +12,6 @@ pytestmark = pytest.mark.skipif(dispatch.why_missing("simt") is not None, reason
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.fixture
-def device():
-    from fastnets import _simt
-
-    limit = _simt.shared_limit()
-    _simt.set_counting(True)
-    _simt.reset_counters()
-    yield _simt
-    _simt.set_counting(False)
-    _simt.set_seed(0)
-    _simt.set_shared_limit(limit)
-
-
 def draw(batch=1, heads=2, kv_heads=2, lq=65, lk=65, d=64, dv=64, dtype=torch.bfloat16):
     shapes = (batch, heads, lq, d), (batch, kv_heads, lk, d), (batch, kv_heads, lk, dv)
     return tuple(torch.randn(shape).to(dtype) for shape in shapes)

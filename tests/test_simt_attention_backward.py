@@ -14,19 +14,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KERNELS = ("attention_row_terms", "attention_grad_kv", "attention_grad_q", "attention_grad_mask")
 
 
-@pytest.fixture
-def device():
-    from fastnets import _simt
-
-    limit = _simt.shared_limit()
-    _simt.set_counting(True)
-    _simt.reset_counters()
-    yield _simt
-    _simt.set_counting(False)
-    _simt.set_seed(0)
-    _simt.set_shared_limit(limit)
-
-
 def draw(lq=65, lk=65, d=64, dv=64, heads=2, kv_heads=2, mask=None, dtype=torch.bfloat16):
     shapes = [(1, heads, lq, d), (1, kv_heads, lk, d), (1, kv_heads, lk, dv)]
     return [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes + ([mask] if mask else [])]

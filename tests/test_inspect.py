@@ -13,12 +13,12 @@ from fastnets import dispatch
 from fastnets.cli import _gpu, _workloads, inspect, main
 from fastnets.cli import _machine_code as code
 
-SNAPSHOT = Path(__file__).parent / "inspect.json"
+SNAPSHOT = Path(__file__).parent / "inspect"
 CHECKED_HERE = "sm_80"
 """What these tests compile for; the snapshot has every architecture."""
 
-IN_SNAPSHOT = sorted({kernel["name"].split("::")[0] for kernel in json.loads(SNAPSHOT.read_text())["kernels"]})
-FAMILIES = sorted({workload.op for workload in _workloads.probes()})
+IN_SNAPSHOT = sorted(path.stem for path in SNAPSHOT.glob("*.json"))
+FAMILIES = sorted(_workloads.FAMILIES)
 
 needs_simt = pytest.mark.skipif(dispatch.why_missing("simt") is not None, reason=str(dispatch.why_missing("simt")))
 
@@ -161,25 +161,27 @@ def test_kernels_are_launched_fit_and_spill_nothing(read, launches, source):
     kernels = [inspect.entry(kernel, launches.get(kernel.signature)) for kernel in read(source, CHECKED_HERE)]
     assert kernels
     assert not [k["name"] for k in kernels if k["spills"] or k["stack"]]
-    assert not [k["name"] for k in kernels if k["threads"] is None], "no probe of _workloads.py launches these"
+    assert not [k["name"] for k in kernels if k["threads"] is None], "no probe of _workloads launches these"
     assert not [k["name"] for k in kernels if k["occupancy"] == 0]
 
 
 @needs_simt
 @pytest.mark.parametrize("source", code.sources(IN_SNAPSHOT), ids=lambda path: path.name)
 def test_kernels_are_those_of_the_snapshot(read, compiler, launches, source):
-    snapshot = json.loads(SNAPSHOT.read_text())
+    kernels = [inspect.entry(kernel, launches.get(kernel.signature)) for kernel in read(source, CHECKED_HERE)]
+    (family,) = {inspect.family_of(k) for k in kernels}
+    snapshot = inspect.read_snapshot(SNAPSHOT / f"{family}.json")
     if snapshot["nvcc"] != code.version(compiler):
         pytest.skip(f"the snapshot is of nvcc {snapshot['nvcc']}, this one is {code.version(compiler)}")
-    kernels = [inspect.entry(kernel, launches.get(kernel.signature)) for kernel in read(source, CHECKED_HERE)]
     names = {k["name"] for k in kernels}
     former = [k for k in snapshot["kernels"] if k["arch"] == CHECKED_HERE and k["name"] in names]
-    renew = "python -m fastnets inspect --build --snapshot tests/inspect.json --renew"
+    renew = f"python -m fastnets inspect --build --op {family} --snapshot tests/inspect --renew"
     assert inspect.differences(former, kernels) == [], f"if that is meant: {renew}"
 
 
-def test_snapshot_has_every_architecture_and_no_spills():
-    kernels = json.loads(SNAPSHOT.read_text())["kernels"]
+@pytest.mark.parametrize("family", IN_SNAPSHOT)
+def test_snapshot_has_every_architecture_and_no_spills(family):
+    kernels = inspect.read_snapshot(SNAPSHOT / f"{family}.json")["kernels"]
     assert {k["arch"] for k in kernels} == set(_gpu.ARCHITECTURES)
     assert not [k["name"] for k in kernels if k["spills"] or k["stack"] or k["occupancy"] == 0]
     by_arch = {arch: {k["name"] for k in kernels if k["arch"] == arch} for arch in _gpu.ARCHITECTURES}
@@ -227,16 +229,16 @@ def test_command(tmp_path, capsys):
 
 @needs_simt
 def test_command_compares_with_a_snapshot(tmp_path, capsys):
-    snapshot = json.loads(SNAPSHOT.read_text())
-    path = tmp_path / "snapshot.json"
+    snapshot = inspect.read_snapshot(SNAPSHOT / "softmax.json")
+    path = tmp_path / "softmax.json"
     path.write_text(json.dumps(snapshot))
-    assert main([*ONE, "--snapshot", str(path)]) == 0
+    assert main([*ONE, "--snapshot", str(tmp_path)]) == 0
     entry = next(
         k for k in snapshot["kernels"] if k["arch"] == "sm_80" and k["name"].endswith("backward_columns<float>")
     )
     entry["registers"] += 3
     path.write_text(json.dumps(snapshot))
-    assert main([*ONE, "--snapshot", str(path)]) == 1
+    assert main([*ONE, "--snapshot", str(tmp_path)]) == 1
     out = capsys.readouterr().out
     assert re.search(
         rf"backward_columns<float>\s+sm_80\s+registers\s+{entry['registers']}\s+{entry['registers'] - 3}", out
@@ -258,8 +260,8 @@ def test_differences_name_kernels_that_came_and_went():
     [
         (["--renew"], "--renew needs --snapshot"),
         (["--build", "--op", "softmax", "--arch", "sm_80", "--kernel", "no such"], "no kernel is left"),
-        (["--build", "--op", "softmax", "--arch", "sm_80", "--snapshot", "no.json"], "cannot read no.json"),
-        (["--build", "--op", "softmax", "--arch", "sm_80", "--snapshot", "no.json", "--renew"], "the whole snapshot"),
+        (["--build", "--op", "softmax", "--arch", "sm_80", "--snapshot", "no"], "cannot read no/softmax.json"),
+        (["--build", "--op", "softmax", "--arch", "sm_80", "--snapshot", "no", "--renew"], "whole families"),
     ],
 )
 def test_mistakes(capsys, arguments, message):

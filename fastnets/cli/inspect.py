@@ -53,13 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kernel", metavar="TEXT", help="only kernels whose name contains TEXT")
     parser.add_argument("--static", action="store_true", help="machine code only, no shapes on the SIMT device")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write every figure to FILE")
-    parser.add_argument("--snapshot", type=Path, metavar="FILE", help="compare with the figures in FILE")
-    parser.add_argument("--renew", action="store_true", help="write the figures into the --snapshot FILE instead")
+    parser.add_argument("--snapshot", type=Path, metavar="DIR", help="compare with the figures in DIR, a file a family")
+    parser.add_argument("--renew", action="store_true", help="write the figures into the --snapshot DIR instead")
 
 
 def run(args: argparse.Namespace) -> int:
     if args.renew and args.snapshot is None:
-        raise UsageError("--renew needs --snapshot FILE")
+        raise UsageError("--renew needs --snapshot DIR")
     out, progress = console(), console(stderr=True)
     objection = _workloads.missing()
     counts, launches = ([], {}) if objection else _counted(args, progress)
@@ -245,28 +245,26 @@ def _print_counts(counts: Sequence[_workloads.Counts], out: Console) -> None:
 
 def _snapshot(args: argparse.Namespace, kernels: Sequence[Mapping[str, Any]], out: Console) -> int:
     compiler = code.version(code.nvcc()) if args.build else None
+    families = sorted({family_of(k) for k in kernels})
     if args.renew:
-        if args.op or args.kernel or args.arch or compiler is None:
-            raise UsageError("--renew writes the whole snapshot: with --build, and without --arch, --op and --kernel")
-        lines = (json.dumps({name: k[name] for name in ("name", "arch", *COMPARED)}) for k in kernels)
-        text = f'{{"nvcc": "{compiler}", "kernels": [\n' + ",\n".join(lines) + "\n]}\n"
-        write(args.snapshot, text)
-        out.print(f"{len(kernels)} entries written to {args.snapshot}")
+        if args.kernel or args.arch or compiler is None:
+            raise UsageError("--renew writes whole families: with --build, and without --arch and --kernel")
+        for family in families:
+            ours = [k for k in kernels if family_of(k) == family]
+            lines = (json.dumps({name: k[name] for name in ("name", "arch", *COMPARED)}) for k in ours)
+            text = f'{{"nvcc": "{compiler}", "kernels": [\n' + ",\n".join(lines) + "\n]}\n"
+            write(args.snapshot / f"{family}.json", text)
+            out.print(f"{len(ours)} entries written to {args.snapshot}/{family}.json")
         return 0
-    try:
-        former = json.loads(args.snapshot.read_text())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"cannot read {args.snapshot}: {error}") from error
-    if compiler is not None and compiler != former["nvcc"]:
-        raise UsageError(f"{args.snapshot} is of nvcc {former['nvcc']}, this one is {compiler}: figures would differ")
     archs = {k["arch"] for k in kernels}
-    expected = [
-        k
-        for k in former["kernels"]
-        if k["arch"] in archs
-        and (not args.op or k["name"].split("::")[0] in args.op)
-        and (args.kernel or "") in k["name"]
-    ]
+    expected = []
+    for family in families:
+        former = read_snapshot(args.snapshot / f"{family}.json")
+        if compiler is not None and compiler != former["nvcc"]:
+            raise UsageError(
+                f"{args.snapshot} is of nvcc {former['nvcc']}, this one is {compiler}: figures would differ"
+            )
+        expected += [k for k in former["kernels"] if k["arch"] in archs and (args.kernel or "") in k["name"]]
     changes = differences(expected, kernels)
     if not changes:
         out.print(f"{len(expected)} entries as in {args.snapshot}")
@@ -277,8 +275,22 @@ def _snapshot(args: argparse.Namespace, kernels: Sequence[Mapping[str, Any]], ou
     for change in changes:
         table.add_row(*change)
     out.print(table)
-    out.print(f"If that is meant: python -m fastnets inspect --build --snapshot {args.snapshot} --renew")
+    changed = " ".join(f"--op {family}" for family in sorted({name.split("::")[0] for name, *_ in changes}))
+    out.print(f"If that is meant: python -m fastnets inspect --build {changed} --snapshot {args.snapshot} --renew")
     return 1
+
+
+def family_of(entry: Mapping[str, Any]) -> str:
+    """The operator family of a kernel's entry."""
+    return entry["name"].split("::")[0]
+
+
+def read_snapshot(path: Path) -> dict[str, Any]:
+    """A family's file of a snapshot."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read {path}: {error}") from error
 
 
 def differences(

@@ -1,4 +1,4 @@
-"""Stated shapes, run on the SIMT device with its counters on: what the kernels do to memory, exactly.
+"""Runs a shape on the SIMT device with its counters on: what the kernels do to memory, exactly.
 
 A shape is run once and stands for `copies` of it (rows, or heads of a batch): blocks do not share work, so that every
 count is that many times as large.
@@ -8,16 +8,17 @@ import dataclasses
 import functools
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import _library, dispatch, functional
-from ..ops.attention import attention
-from ._gpu import Work
-from ._machine_code import signature
+from ... import _library, dispatch
+from .._gpu import Work
+from .._machine_code import signature
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +108,7 @@ def missing() -> str | None:
 
 def measured(workload: Workload) -> tuple[list[Counts], dict[str, Launch]]:
     """Runs a workload forwards and backwards; its counts, and its kernels' launches by signature."""
-    from .. import _simt
+    from ... import _simt
 
     launches: dict[str, Launch] = {}
     counts = []
@@ -146,121 +147,8 @@ def measured(workload: Workload) -> tuple[list[Counts], dict[str, Launch]]:
 @functools.cache
 def _symbols() -> dict[int, str]:
     """Every function of the SIMT device's module, by its address there."""
-    from .. import _simt
+    from ... import _simt
 
     listed = subprocess.run(["nm", "--defined-only", _simt.__file__], capture_output=True, text=True, check=True)
     lines = (line.split(maxsplit=2) for line in listed.stdout.splitlines())
     return {int(place, 16): symbol for place, _, symbol in lines}
-
-
-def _softmax(rows: int, size: int, inner: int, copies: int, dtype: torch.dtype) -> Workload:
-    shape = (rows, size, inner) if inner > 1 else (rows, size)
-    whole = "x".join(str(n) for n in (rows * copies, *shape[1:]))
-    return Workload(
-        op="softmax",
-        name=whole + (" over 1" if inner > 1 else ""),
-        dtype=dtype,
-        copies=copies,
-        inputs=lambda: {"x": torch.randn(shape, dtype=dtype)},
-        call=lambda x: functional.softmax(x, 1),
-        exponentials=rows * size * inner,
-    )
-
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-def _softmax_workloads() -> Iterator[Workload]:
-    for dtype in DTYPES:
-        yield _softmax(8, 128, 1, 16384, dtype)
-        yield _softmax(8, 1024, 1, 8192, dtype)
-        yield _softmax(4, 8192, 1, 2048, dtype)
-        yield _softmax(2, 256, 64, 512, dtype)
-        yield _softmax(8, 131, 1, 16384, dtype)  # rows that no 16 bytes divide
-        yield _softmax(8, 1001, 1, 8192, dtype)
-        yield _softmax(4, 8193, 1, 2048, dtype)
-
-
-def _attention(
-    name: str,
-    dtype: torch.dtype,
-    *,
-    d: int,
-    lq: int,
-    lk: int,
-    copies: int = 1,
-    heads: int = 1,
-    groups: int = 1,
-    tf32: bool = False,
-    bias: tuple[int, int] | None = None,
-    bias_dtype: torch.dtype | None = None,
-    **options: Any,
-) -> Workload:
-    """One batch entry with `heads` query heads, each `groups` of which share a head of keys and values."""
-
-    def inputs() -> dict[str, Tensor]:
-        drawn = {
-            "q": torch.randn(1, heads, lq, d, dtype=dtype),
-            "k": torch.randn(1, heads // groups, lk, d, dtype=dtype),
-            "v": torch.randn(1, heads // groups, lk, d, dtype=dtype),
-        }
-        if bias is not None:
-            drawn["mask"] = torch.randn(1, 1, *bias, dtype=bias_dtype or dtype)
-        return drawn
-
-    def call(**drawn: Tensor) -> Tensor:
-        former = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = tf32
-        try:
-            results = attention(**drawn, **options)
-        finally:
-            torch.backends.cuda.matmul.allow_tf32 = former
-        return results if isinstance(results, Tensor) else torch.cat([result.flatten() for result in results])
-
-    causal = options.get("right") == 0
-    seen = sum(min(lk, lk - lq + i + 1) for i in range(lq)) if causal else lq * lk
-    return Workload(
-        op="attention",
-        name=name,
-        dtype=dtype,
-        copies=copies,
-        inputs=inputs,
-        call=call,
-        exponentials=heads * seen,
-        recomputes=True,
-        saved=heads * lq * 4,
-    )
-
-
-def _attention_workloads() -> Iterator[Workload]:
-    """128 heads, 8 times 16, of 512 queries and keys, run as 4: enough blocks that keys are not split; and decoding."""
-    square = {"lq": 512, "lk": 512, "heads": 4, "copies": 32}
-    for dtype in (torch.bfloat16, torch.float32):
-        yield _attention("8x16x512x64", dtype, d=64, **square)
-        yield _attention("8x16x512x64 causal", dtype, d=64, right=0, **square)
-    yield _attention("8x16x512x128 causal", torch.bfloat16, d=128, right=0, **square)
-    yield _attention("8x16x512x64 causal TF32", torch.float32, d=64, right=0, tf32=True, **square)
-    yield _attention("8x16x512x64 bias [512, 512]", torch.bfloat16, d=64, bias=(512, 512), **square)
-    decoding = {"lq": 1, "lk": 2048, "heads": 8, "groups": 4, "right": 0, "offset": None}
-    yield _attention("8x1x128 of 2x2048 keys", torch.bfloat16, d=128, **decoding)
-
-
-def _attention_probes() -> Iterator[Workload]:
-    """Every arithmetic and width of tiles: plain, general with a bias, few queries, split keys, weights."""
-    for dtype, tf32 in ((torch.bfloat16, False), (torch.float16, False), (torch.float32, True), (torch.float32, False)):
-        for d in (64, 128, 256):
-            of = {"dtype": dtype, "d": d, "tf32": tf32}
-            yield _attention("plain", lq=72, lk=8, **of)
-            yield _attention("general", lq=72, lk=8, heads=2, bias=(1, 8), return_weights=True, **of)
-            yield _attention("few", lq=1, lk=8, heads=2, bias=(1, 8), bias_dtype=torch.float32, **of)
-            yield _attention("split", lq=1, lk=8, **of) if d != 64 else _attention("split", lq=1, lk=640, **of)
-
-
-def workloads() -> list[Workload]:
-    """Every stated shape."""
-    return [*_softmax_workloads(), *_attention_workloads()]
-
-
-def probes() -> list[Workload]:
-    """Small shapes that together launch every kernel."""
-    return [*_softmax_workloads(), *_attention_probes()]

@@ -1,0 +1,19 @@
+"""The shapes that `inspect` states figures of: a module a family, with `workloads()` and `probes()`."""
+
+from . import attention, softmax
+from .counting import Counts, Launch, Workload, measured, missing
+
+__all__ = ["FAMILIES", "Counts", "Launch", "Workload", "measured", "missing", "probes", "workloads"]
+
+FAMILIES = {"softmax": softmax, "attention": attention}
+"""A family without a row here has neither launches nor traffic in the tables."""
+
+
+def workloads() -> list[Workload]:
+    """Every stated shape."""
+    return [workload for family in FAMILIES.values() for workload in family.workloads()]
+
+
+def probes() -> list[Workload]:
+    """Small shapes that together launch every kernel."""
+    return [workload for family in FAMILIES.values() for workload in family.probes()]

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .. import dispatch, testing
+from .. import dispatch, kernels, testing
 from . import INTERRUPTED, UsageError
 from ._common import add_selection, console, dtype_name, output_file, selects, write
 
@@ -89,9 +89,17 @@ def _backends(asked: list[str] | None) -> list[str]:
     for name in asked:
         if name not in dispatch.BACKENDS:
             raise UsageError(f"--backend: expected one of {', '.join(dispatch.BACKENDS)}, got {name!r}")
-        if (reason := dispatch.why_missing(name)) is not None:
+        if (reason := _missing(name)) is not None:
             raise UsageError(f"--backend: {name} does not run here: {reason}")
     return asked
+
+
+def _missing(name: str) -> str | None:
+    """Why a backend that was asked for by name cannot run here. Triton's kernels can be interpreted, slowly."""
+    reason = dispatch.why_missing(name)
+    if reason is None or name != "triton" or kernels.missing is not None:
+        return reason
+    return kernels.interpreter_missing and f"{reason}, and {kernels.interpreter_missing}"
 
 
 def check(row: Row) -> Result:

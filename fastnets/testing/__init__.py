@@ -114,7 +114,8 @@ def check(case: Case, dtype: torch.dtype, backend: str, *, seed: int = 0) -> Out
     Raises:
         dispatch.Unsupported: with the reason, where the backend does not take the case.
     """
-    device = "cuda" if backend in ("cuda", "triton") else "cpu"
+    interpreted = backend == "triton" and dispatch.why_missing(backend) is not None
+    device = "cuda" if backend in ("cuda", "triton") and not interpreted else "cpu"
     drawn = case.inputs(torch.Generator().manual_seed(seed))
     # For float64 itself nothing truer is at hand: PyTorch's float32 error, scaled by the ratio of the two epsilons.
     measured_in = torch.float32 if dtype == torch.float64 else dtype

@@ -1,0 +1,133 @@
+"""The Triton kernels on the CPU, under an interpreter that names what a GPU would hide; when they are chosen."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastnets
+from fastnets import dispatch, kernels, testing
+
+interpreted = pytest.mark.skipif(kernels.interpreter_missing is not None, reason=str(kernels.interpreter_missing))
+
+
+def check(case: testing.Case, dtype: torch.dtype) -> None:
+    """Holds the case on the Triton backend against the tolerance rule."""
+    outcome = testing.check(case, dtype, "triton")
+    assert outcome.passed, f"{outcome.where}: error {outcome.error:.3g}, tolerance {outcome.tolerance:.3g}"
+
+
+SOFTMAX = [case for case in testing.operator_table("softmax") if case.quick and case.verify]
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", SOFTMAX, ids=lambda case: case.name)
+@pytest.mark.parametrize("online", [False, True], ids=["whole", "online"])
+def test_softmax(case, dtype, online, monkeypatch):
+    if online:
+        from fastnets.kernels import softmax
+
+        monkeypatch.setattr(softmax, "_WIDEST", 8)
+        monkeypatch.setattr(softmax, "_TILE", 32)
+    check(case, dtype)
+
+
+@interpreted
+def test_softmax_of_a_mask_with_many_strides():
+    x = torch.randn(2, 3, 2, 3, 2, 5)
+    mask = torch.randn(2, 1, 2, 1, 2, 5).expand_as(x)
+    with fastnets.backend("triton"):
+        ours = fastnets.functional.softmax(x, -1, mask=mask)
+    torch.testing.assert_close(ours, torch.softmax(x + mask, -1))
+
+
+@interpreted
+def test_the_interpreter_names_what_is_wrong():
+    from ttsem.sanitize import KernelFault
+
+    from fastnets.kernels._launch import launch
+    from fastnets.kernels.softmax import softmax_backward_kernel
+
+    y, short = torch.rand(4, 8), torch.rand(4, 7)
+    tile = {"ROWS": 2, "COLUMNS": 8, "WHOLE": True}
+    with pytest.raises(KernelFault, match=r"softmax\.py:\d+: tl\.store.* 4 element\(s\) past the end.*grad_x_ptr"):
+        launch(softmax_backward_kernel, (2,), y, y, y, short, 4, 8, 1, 1.0, **tile)
+    flat = torch.rand(33)  # the first program writes what the second one reads
+    with pytest.raises(KernelFault, match=r"both touch element 16"):
+        launch(softmax_backward_kernel, (2,), y, y, flat[:32], flat[1:], 4, 8, 1, 1.0, **tile)
+
+
+@interpreted
+def test_softmax_in_a_graph():
+    x = torch.randn(3, 5, requires_grad=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: fastnets.functional.softmax(x, -1), fullgraph=True, backend="aot_eager")
+    with fastnets.backend("triton"):
+        ours = compiled(x)
+        exported = torch.export.export(fastnets.nn.Softmax(-1), (x,))
+    (grad,) = torch.autograd.grad(ours.square().sum(), x)
+    theirs = torch.softmax(x, -1)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(grad, *torch.autograd.grad(theirs.square().sum(), x))
+    assert torch.ops.fastnets_triton.softmax_forward.default in [node.target for node in exported.graph.nodes]
+
+
+@interpreted
+def test_opcheck():
+    x = torch.randn(3, 5)
+    torch.library.opcheck(torch.ops.fastnets_triton.softmax_forward, (x, torch.rand(3, 5) < 0.5, 1, 0.5))
+    torch.library.opcheck(torch.ops.fastnets_triton.softmax_backward, (x, x.softmax(1), 1, 0.5))
+
+
+WITHOUT_TRITON = """
+import importlib.util, sys
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find_spec(name, *rest)
+import fastnets, torch
+from fastnets import dispatch
+assert dispatch.why_missing("triton") == "Triton is not installed: pip install triton", dispatch.why_missing("triton")
+fastnets.nn.Softmax(-1)(torch.ones(2, 3))
+try:
+    with fastnets.backend("triton"):
+        fastnets.nn.Softmax(-1)(torch.ones(2, 3))
+except NotImplementedError as error:
+    assert "Triton is not installed" in str(error), error
+else:
+    raise AssertionError("it ran without Triton")
+assert not any(name.startswith("fastnets.kernels.") for name in sys.modules)
+"""
+
+
+def test_without_triton():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(kernels.missing is not None, reason=str(kernels.missing))
+def test_triton_says_what_it_lacks(monkeypatch):
+    def objection(**case):
+        return dispatch.IMPLEMENTATIONS["softmax", "triton"].supports(dispatch.Case("softmax", **case))
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert (
+        objection(device="cuda", dtype=torch.float32) == dispatch.why_missing("triton") == "torch sees no CUDA device"
+    )
+    assert "not meta ones" in objection(device="meta", dtype=torch.float32)
+    monkeypatch.setattr(kernels, "interpreter_missing", None)
+    assert objection(device="cpu", dtype=torch.float32) is None
+    assert "not torch.float64" in objection(device="cpu", dtype=torch.float64)
+    monkeypatch.setattr(kernels, "interpreter_missing", "it is out")
+    assert objection(device="cpu", dtype=torch.float32) == "it is out"
+
+
+@pytest.mark.parametrize(("major", "first"), [(8, "cuda"), (9, "triton"), (10, "triton"), (12, "cuda")])
+def test_triton_comes_first_where_its_compiler_has_more(major, first, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (major, 0))
+    for family in dispatch.FAMILIES:
+        names = dispatch._order(dispatch.Case(family, "cuda", torch.bfloat16))
+        assert names[0] == (first if family in ("attention", "conv") else "cuda")
+        assert sorted(names) == sorted(dispatch.ORDER["cuda"])
+    assert dispatch._order(dispatch.Case("conv", "cpu", torch.bfloat16)) == dispatch.ORDER["cpu"]

@@ -1,9 +1,11 @@
 """A copy of the CUDA kernels in which each barrier, wait and fence can be left out, one at a time.
 
 A copy for each would have to be compiled for each. Here every such statement gets a number and becomes
-FASTNETS_STATEMENT(number, call) of tests/sanitize/mutant.h, and a program leaves out the one it is told to.
+FASTNETS_STATEMENT(number, call) of tests/sanitize/mutant.h, and a program leaves out the one it is told to. What would
+only hang without its statement is weakened instead: FASTNETS_INSTEAD(number, expression, another).
 """
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -26,15 +28,24 @@ CALLS = (
     "copy_async_wait_all",
     "grid_barrier",
     "named_barrier",
+    "publish",
+    "wait_for",
+    "wait_for_depth",
+    "wait_for_gates",
 )
 # A call that is a statement; a qualified one (simt::grid_barrier) is the device's own body.
 _STATEMENT = re.compile(rf"(?<![\w:.>])((?:{'|'.join(CALLS)})(?:<[^<>;]*>)?\([^;{{}}]*\));")
 _CALL = re.compile(rf"(?<![\w:.>])(?:{'|'.join(CALLS)})\s*[<(]")
+# What takes the place of an expression: a flag that orders nothing, and the other one of two buffers.
+_INSTEAD = (
+    (re.compile(r"__atomic_(\w+)\((.*), __ATOMIC_(?:ACQUIRE|RELEASE)\)"), r"__atomic_\1(\2, __ATOMIC_RELAXED)"),
+    (re.compile(r"(?<![\w:.>])buffer_of\(([^()]*)\)(?= \*)"), r"1 - buffer_of(\1)"),
+)
 _DEFINITION = re.compile(r"\bvoid\s+$")
 
 
 class Statement(NamedTuple):
-    """One barrier, wait or fence of the source."""
+    """One barrier, wait or fence of the source, or an expression that another can take the place of."""
 
     number: int
     file: str
@@ -82,7 +93,14 @@ def number(path: Path, first: int) -> tuple[list[Statement], str]:
             found.append(Statement(this, str(path.relative_to(ROOT)), place, line.strip(), before))
             return f"FASTNETS_STATEMENT({this}, ({match.group(1)}));"
 
+        def exchanged(match: re.Match, place=place, line=line, before=before, other: str = "") -> str:
+            this = first + len(found)
+            found.append(Statement(this, str(path.relative_to(ROOT)), place, line.strip(), before))
+            return f"FASTNETS_INSTEAD({this}, ({match.group()}), ({match.expand(other)}))"
+
         copied = _STATEMENT.sub(numbered, code)
+        for pattern, other in _INSTEAD:
+            copied = pattern.sub(functools.partial(exchanged, other=other), copied)
         for call in _CALL.finditer(re.sub(r"FASTNETS_STATEMENT\(.*?\);", "", copied)):
             if not _DEFINITION.search(copied[: copied.index(call.group())]):
                 raise ValueError(f"{path}:{place}: a statement by itself, on one line, is what can be left out")

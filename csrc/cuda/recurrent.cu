@@ -117,6 +117,9 @@ struct Layer {
   }
 };
 
+// Of two buffers the one that a step reads; the next step's it fills.
+__device__ __forceinline__ int64_t buffer_of(int64_t step) { return step % 2; }
+
 template <int Gates>
 constexpr int kUnits = kTiles * units_of_tile(Gates);  // of a strip
 
@@ -148,8 +151,8 @@ __global__ void __launch_bounds__(kThreads, 1) forward(Parameters a) {
     const T* former = static_cast<const T*>(p.y) + (s.reverse ? t + 1 : t - 1) * s.batch * s.output;
     if (p.exchange != nullptr) {
       T* const exchange = static_cast<T*>(p.exchange);
-      former = exchange + step % 2 * s.batch * p.output_row;
-      layer.next = exchange + (step + 1) % 2 * s.batch * p.output_row;
+      former = exchange + buffer_of(step) * s.batch * p.output_row;
+      layer.next = exchange + buffer_of(step + 1) * s.batch * p.output_row;
     }
     for (int64_t first = 0; first < s.batch; first += Columns) {
       uint32_t* const of_cells = p.flags + first / Columns * (a.recurrent.strips + a.projection.strips);

@@ -19,10 +19,17 @@ NAMESPACE = "fastnets_triton"
 _MODULES = {
     "softmax_forward": "softmax",
     "softmax_backward": "softmax",
+    "attention_forward": "attention",
+    "attention_weights": "attention",
+    "attention_backward": "attention_backward",
+    "conv_forward": "conv",
+    "conv_grad_input": "conv",
+    "conv_grad_weight": "conv",
+    "conv_grad_epilogue": "conv",
 }
 """Operator -> the module that has it, as a function of its name."""
 
-FAMILIES = frozenset(_MODULES.values())
+FAMILIES = frozenset(operator.split("_")[0] for operator in _MODULES)
 """The families that there are kernels of."""
 
 

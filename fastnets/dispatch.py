@@ -5,6 +5,7 @@ order they are asked (`ORDER`). One function: `select`.
 """
 
 import contextlib
+import functools
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -68,12 +69,18 @@ def _cpu_supports(case: Case) -> str | None:
     return None
 
 
+@functools.cache
+def _least(capability: Callable[[int], tuple[int, int]], devices: int) -> tuple[int, int]:
+    """The least capability of so many devices, asked for once: every call of a CUDA operator wants to know."""
+    return min(capability(index) for index in range(devices))
+
+
 @torch.compiler.assume_constant_result
 def _gpu_missing() -> str | None:
     """Why the GPU kernels have no GPU to run on, or None; looks at the machine."""
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    capability = min(torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count()))
+    capability = _least(torch.cuda.get_device_capability, torch.cuda.device_count())
     if capability < _GPU_CAPABILITY:
         needed, found = (".".join(map(str, pair)) for pair in (_GPU_CAPABILITY, capability))
         return f"the GPU kernels need compute capability {needed}, and a device here has {found}"

@@ -79,6 +79,10 @@ def test_cuda_says_what_it_lacks(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert objection(device="cuda") is None
     assert dispatch.why_missing("cuda") is None
+    asked = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: asked.append(index) or (9, 0))
+    assert objection(device="cuda") is objection(device="cuda") is None
+    assert asked == [0]  # once, not at every call
 
 
 @pytest.mark.parametrize("family", dispatch.FAMILIES)

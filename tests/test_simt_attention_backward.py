@@ -12,6 +12,7 @@ pytestmark = pytest.mark.skipif(dispatch.why_missing("simt") is not None, reason
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KERNELS = ("attention_row_terms", "attention_grad_kv", "attention_grad_q", "attention_grad_mask")
+ADDING = ("attention_row_terms", "attention_grad_kv", "attention_round_q")
 
 
 def draw(lq=65, lk=65, d=64, dv=64, heads=2, kv_heads=2, mask=None, dtype=torch.bfloat16):
@@ -19,11 +20,11 @@ def draw(lq=65, lk=65, d=64, dv=64, heads=2, kv_heads=2, mask=None, dtype=torch.
     return [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes + ([mask] if mask else [])]
 
 
-def gradients(inputs, backend="simt", **options):
+def gradients(inputs, backend="simt", deterministic=True, **options):
     """Of everything that attention returns, in q, k, v and the mask."""
     torch.manual_seed(0)
     q, k, v, *mask = inputs
-    with fastnets.backend(backend):
+    with fastnets.backend(backend), testing.deterministic(deterministic):
         found = testing.flatten(attention(q, k, v, mask=mask[0] if mask else None, **options))
         generator = torch.Generator().manual_seed(1)
         grads = [torch.randn(t.shape, generator=generator).to(t.dtype) for t in found]
@@ -82,9 +83,50 @@ def test_every_schedule_gives_the_same_bits(device, mask, options):
             assert ours.equal(expected)
 
 
+@pytest.mark.parametrize("options", [{}, {"right": 0, "dropout": 0.3}], ids=["plain", "general"])
+def test_where_bits_may_differ_keys_add_to_queries(device, options):
+    inputs = draw(lq=70, lk=150, heads=4, mask=(70, 150))
+    exact = gradients(inputs, **options)
+    assert device.counters().keys() >= set(KERNELS)
+    device.reset_counters()
+    for seed in (0, 1):
+        device.set_seed(seed)
+        found = gradients(inputs, deterministic=False, **options)
+        for ours, expected, name in zip(found, exact, ("q", "k", "v", "mask"), strict=True):
+            if name == "q":
+                torch.testing.assert_close(ours, expected)
+            else:
+                assert ours.equal(expected)
+    assert device.counters().keys() >= set(ADDING)
+    assert "attention_grad_q" not in device.counters()
+
+
+@pytest.mark.parametrize("lq", [300, 2100])
+def test_keys_add_unless_that_leaves_multiprocessors_idle(device, lq):
+    """2 blocks of keys for the device's 16 multiprocessors: for 5 blocks of queries, not for 33."""
+    gradients(draw(lq=lq, lk=70, heads=1, kv_heads=1), deterministic=False)
+    assert ("attention_round_q" in device.counters()) == (lq == 300)
+    assert ("attention_grad_q" in device.counters()) == (lq == 2100)
+
+
+def test_sequences_of_few_keys_keep_a_kernel_of_their_own(device):
+    """Whose rows a tile holds whole: what the softmax subtracts comes from the weights, in both ways."""
+    q, k, v = draw(lq=100, lk=150)
+    starts_q, starts_k = torch.tensor([0, 7, 60, 100]), torch.tensor([0, 64, 65, 150])
+    exact = gradients([q, k, v], starts_q=starts_q, starts_k=starts_k)
+    device.reset_counters()
+    found = gradients([q, k, v], starts_q=starts_q, starts_k=starts_k, deterministic=False)
+    assert device.counters().keys() >= {"attention_grad_q", *ADDING}
+    assert found[0][:, :, :60].equal(exact[0][:, :, :60])
+    torch.testing.assert_close(found[0], exact[0])
+    assert all(ours.equal(expected) for ours, expected in zip(found[1:], exact[1:], strict=True))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [8, 64, 128, 256])
 def test_no_bank_conflicts(device, width, dtype):
+    gradients(draw(lk=150, d=width, dv=width, dtype=dtype), deterministic=False, right=0)
+    assert device.counters()["attention_round_q"]["launches"] == 1
     gradients(draw(d=width, dv=width, dtype=dtype), right=0)
     gradients(draw(d=width, dv=width, mask=(65, 65), dtype=dtype), dropout=0.5)
     gradients(draw(d=width, dv=width, mask=(1, 65), dtype=dtype))
@@ -106,6 +148,20 @@ def test_tiles_that_nobody_sees_are_left_out(device):
             tiles += min(last, length - 1) // 64 - max(first, 0) // 64 + 1
         assert device.counters()[kernel]["mma"] == 2 * tiles * products * 32
         assert tiles < length // 16 * (length // 64)
+
+
+def test_what_adding_costs(device):
+    """Five products of 64 x 64 x 64 instead of seven; q's gradient once for every block of keys, in whole sectors."""
+    length, width, heads = 256, 64, 2
+    inputs = draw(lq=length, lk=length, d=width, heads=heads)
+    for deterministic, products in ((True, 7), (False, 5)):
+        device.reset_counters()
+        gradients(inputs, deterministic=deterministic)
+        counters = device.counters()
+        assert sum(counters[k]["mma"] for k in counters) - counters["attention_forward"]["mma"] == (
+            heads * (length // 64) ** 2 * products * 128
+        )
+    assert counters["attention_grad_kv"]["atomic_sectors"] * 32 == heads * length // 64 * length * width * 4
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

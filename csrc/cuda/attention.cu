@@ -36,10 +36,9 @@ struct Shape {
   static constexpr int kWarps = kShape.warps, kRowTiles = kShape.row_tiles, kParts = kShape.parts;
   static constexpr int kKeys = kShape.keys, kSlots = kShape.slots;
   static constexpr int kThreads = 32 * kWarps, kWarpRows = 16 * kRowTiles, kRows = kWarpRows * kWarps / kParts;
-  static constexpr int kPartColumns = kWidth / kParts;
-  static constexpr int kColumns = kWidth, kKeyBlocks = kKeys / 8, kColumnBlocks = kPartColumns / 8;  // accumulators' 8
-  static constexpr int kSteps = kWidth / kDepth<C>;                                                  // of the depth
-  static constexpr bool kHoldsQueries = use != Use::kFew && kWidth * sizeof(T) * kRowTiles <= 256;   // in registers
+  static constexpr int kColumns = kWidth, kKeyBlocks = kKeys / 8;                                   // accumulators' 8
+  static constexpr int kSteps = kWidth / kDepth<C>;                                                 // of the depth
+  static constexpr bool kHoldsQueries = use != Use::kFew && kWidth * sizeof(T) * kRowTiles <= 256;  // in registers
   using Queries = Tile<T, kRows, kWidth>;
   using Keys = Tile<T, kKeys, kWidth>;
   static constexpr size_t kShared = Queries::kBytes + kSlots * Keys::kBytes;
@@ -186,12 +185,13 @@ __global__ void __launch_bounds__(Shape<C, kWidth, use>::kThreads, 1)
     forward(AttentionForward p, Plan plan, Deal deal) {
   constexpr bool General = use != Use::kPlain;
   using S = Shape<C, kWidth, use>;
+  constexpr int kPartColumns = kWidth / S::kParts, kColumnBlocks = kPartColumns / 8;  // of the output, a warp's
   using T = typename C::Storage;
   using Queries = typename S::Queries;
   using Keys = typename S::Keys;
   DYNAMIC_SHARED(memory);
   const int thread = threadIdx.x, warp = thread / 32;
-  const int own = warp / S::kParts * S::kWarpRows, first_column = warp % S::kParts * S::kPartColumns;
+  const int own = warp / S::kParts * S::kWarpRows, first_column = warp % S::kParts * kPartColumns;
 
   // Which tile: the splits of a tile side by side, then the tiles of a head, whose keys and values stay in the cache.
   int64_t unit = blockIdx.x;
@@ -219,8 +219,7 @@ __global__ void __launch_bounds__(Shape<C, kWidth, use>::kThreads, 1)
       const int j0 = (begin + step / 2) * S::kKeys;
       const T* const data = static_cast<const T*>(x.data);
       const T* const base = data + s.memory * x.batch + head / p.groups * x.head + (s.row_k + j0) * x.row;
-      copy_tile<S::kThreads>(slot(step), thread, width, static_cast<int>(columns), data,
-                             [&](int r) { return j0 + r < s.lk ? base + r * x.row : nullptr; });
+      copy_rows<S::kThreads>(slot(step), thread, width, static_cast<int>(columns), data, base, x.row, s.lk - j0);
     }
     copy_async_commit();
   };
@@ -258,7 +257,7 @@ __global__ void __launch_bounds__(Shape<C, kWidth, use>::kThreads, 1)
   const float factor = General ? 1.0f : plan.factor;
 
   Held<C, S> held(queries, own);
-  float out[S::kRowTiles][S::kColumnBlocks][4] = {}, largest[S::kRowTiles][2], sum[S::kRowTiles][2] = {};
+  float out[S::kRowTiles][kColumnBlocks][4] = {}, largest[S::kRowTiles][2], sum[S::kRowTiles][2] = {};
 #pragma unroll
   for (int r = 0; r < S::kRowTiles; ++r) largest[r][0] = largest[r][1] = kMinusInfinity;
   for (int n = 0; n < count; ++n) {
@@ -287,10 +286,10 @@ __global__ void __launch_bounds__(Shape<C, kWidth, use>::kThreads, 1)
     fetch(p.k, plan.width_k, p.d, 2 * n + S::kSlots);
     if (needed) {
       // Whole multiples of 128 bytes, within which chunks change places.
-      static_assert(S::kParts == 1 || S::kPartColumns * sizeof(T) % 128 == 0);
+      static_assert(S::kParts == 1 || kPartColumns * sizeof(T) % 128 == 0);
       const Keys values(slot(2 * n + 1).data + first_column * sizeof(T));
 #pragma unroll
-      for (int column = 0; column < S::kPartColumns; column += kColumnStep) {
+      for (int column = 0; column < kPartColumns; column += kColumnStep) {
         if (first_column + column >= p.dv) break;
 #pragma unroll
         for (int k = 0; k < S::kKeys; k += kDepth<C>) {
@@ -322,7 +321,7 @@ __global__ void __launch_bounds__(Shape<C, kWidth, use>::kThreads, 1)
     const float lse = total == 0.0f ? kMinusInfinity : largest[r][half] + log2f(total);
     const float inverse = total == 0.0f ? 0.0f : (General ? plan.kept : 1.0f) / total;
 #pragma unroll
-    for (int block = 0; block < S::kColumnBlocks; ++block) {
+    for (int block = 0; block < kColumnBlocks; ++block) {
       out[r][block][2 * half] *= inverse;
       out[r][block][2 * half + 1] *= inverse;
     }
@@ -331,7 +330,7 @@ __global__ void __launch_bounds__(Shape<C, kWidth, use>::kThreads, 1)
       store_global(deal.partial != nullptr ? deal.partial_lse + partial : static_cast<float*>(p.lse) + at, lse);
     }
 #pragma unroll
-    for (int block = 0; block < S::kColumnBlocks; block += 2) {
+    for (int block = 0; block < kColumnBlocks; block += 2) {
       const int column = first_column + block * 8;
       if (column >= columns) break;
       const float *left = &out[r][block][2 * half], *right = &out[r][block + 1][2 * half];
@@ -402,8 +401,7 @@ __global__ void __launch_bounds__(Shape<C, kWidth, Use::kWeights>::kThreads, 1)
       const int j0 = (begin + n) * S::kKeys;
       const T* const data = static_cast<const T*>(p.k.data);
       const T* const base = data + s.memory * p.k.batch + head / p.groups * p.k.head + j0 * p.k.row;
-      copy_tile<S::kThreads>(slot(n), thread, plan.width_k, static_cast<int>(p.d), data,
-                             [&](int r) { return j0 + r < s.lk ? base + r * p.k.row : nullptr; });
+      copy_rows<S::kThreads>(slot(n), thread, plan.width_k, static_cast<int>(p.d), data, base, p.k.row, s.lk - j0);
     }
     copy_async_commit();
   };

@@ -69,11 +69,20 @@ struct Sequence {
 
   __device__ __forceinline__ int first(int i) const { return min(max(i + lower, 0), lk); }
   __device__ __forceinline__ int last(int i) const { return min(max(i + upper, 0), lk); }
-  __device__ __forceinline__ bool sees(int i, int j) const { return j < lk && j - i >= lower && j - i < upper; }
+  // The keys that query i sees are those from first(i) up to last(i); and the other way round.
+  __device__ __forceinline__ int first_query(int j) const;
+  __device__ __forceinline__ int last_query(int j) const;
 };
 
 __device__ __forceinline__ int64_t clamped(int64_t x, int64_t low, int64_t high) {
   return x < low ? low : x > high ? high : x;
+}
+
+__device__ __forceinline__ int Sequence::first_query(int j) const {
+  return static_cast<int>(clamped(int64_t{j} - upper + 1, 0, lq));
+}
+__device__ __forceinline__ int Sequence::last_query(int j) const {
+  return static_cast<int>(clamped(int64_t{j} - lower + 1, 0, lq));
 }
 
 struct Range {
@@ -219,12 +228,24 @@ __device__ __forceinline__ void finish_scores(const Attention& p, const Plan& pl
   }
 }
 
+// Of a lane's scores in one row, x[.][2 half] and x[.][2 half + 1], those outside [begin, end) become -inf; the first
+// is at `own`, the others at their distances from it.
+template <int Blocks>
+__device__ __forceinline__ void hide_row(int own, int half, int begin, int end, float (&x)[Blocks][4]) {
+  const int first = begin - own;
+  const unsigned seen = max(end - begin, 0);
+#pragma unroll
+  for (int n = 0; n < 2 * Blocks; ++n) {
+    if (static_cast<unsigned>(n / 2 * 8 + n % 2 - first) >= seen) x[n / 2][2 * half + n % 2] = kMinusInfinity;
+  }
+}
+
 // What the queries of rows i[half] do not see becomes -inf.
 template <int Blocks>
 __device__ __forceinline__ void hide(const Sequence& s, const int (&i)[2], int j0, float (&scores)[Blocks][4]) {
-  detail::for_scores(j0, scores, [&](int half, int j, float& score) {
-    if (!s.sees(i[half], j)) score = kMinusInfinity;
-  });
+  const int own = j0 + threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) hide_row(own, half, s.first(i[half]), s.last(i[half]), scores);
 }
 
 // ---- dropout ---------------------------------------------------------------------------------------------------

@@ -73,6 +73,20 @@ struct Places {
       for (int e = 0; e < 4; ++e) f(query(block, e), key(block, e), x[block][e]);
     }
   }
+
+  // What a query does not see, and what belongs to no query or key, becomes -inf.
+  template <int Blocks>
+  __device__ __forceinline__ void hide(const Sequence& s, float (&x)[Blocks][4]) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int at = row + 8 * half;
+      if constexpr (own == Own::kQueries) {
+        hide_row(streamed, half, s.first(at), at < s.lq ? s.last(at) : 0, x);
+      } else {
+        hide_row(streamed, half, s.first_query(at), at < s.lk ? s.last_query(at) : 0, x);
+      }
+    }
+  }
 };
 
 // Whether some of queries [i, i + queries) sees some of keys [j, j + keys), and whether all of them see all.
@@ -144,11 +158,7 @@ class Weights {
                 [&](int i, int j, float& score) { score -= slope * fabsf(s.offset + static_cast<float>(i - j)); });
       }
     }
-    if (!whole) {
-      at.each(scores, [&](int i, int j, float& score) {
-        if (i >= s.lq || !s.sees(i, j)) score = kMinusInfinity;
-      });
-    }
+    if (!whole) at.hide(s, scores);
   }
 
   // Scores become weights, and grads, of the weights after dropout, those of the weights before it. terms_of(block): of
@@ -253,19 +263,67 @@ class Weights {
 // Starts to copy rows [first, first + the tile's) of one head of a sequence, which begins at `row` in memory and has
 // `length`.
 template <int Threads, class TileType>
-__device__ __forceinline__ void copy_rows(TileType tile, const AttentionArray& x, int width, int64_t columns,
-                                          int64_t memory, int head, int64_t row, int first, int length) {
+__device__ __forceinline__ void fetch_rows(TileType tile, const AttentionArray& x, int width, int64_t columns,
+                                           int64_t memory, int head, int64_t row, int first, int length) {
   using T = typename TileType::Element;
   const T* const data = static_cast<const T*>(x.data);
   const T* const base = data + memory * x.batch + head * x.head + (row + first) * x.row;
-  copy_tile<Threads>(tile, threadIdx.x, width, static_cast<int>(columns), data,
-                     [&](int r) { return first + r < length ? base + r * x.row : nullptr; });
+  copy_rows<Threads>(tile, threadIdx.x, width, static_cast<int>(columns), data, base, x.row, length - first);
 }
 
-// What a backward call's copies and stores may be.
+// Sums for q's gradient to which the blocks of keys add their shares: of every 16 queries of a sequence and head
+// `blocks` times a warp's accumulators of 8 columns.
+struct QuerySums {
+  static constexpr int kFloats = 128;  // of accumulators
+  float* data;                         // [memory, heads, tiles, blocks, kFloats]; null: no block of keys adds anything
+  int64_t tiles;                       // of 16 queries, of all sequences
+  int64_t blocks;
+
+  __device__ __forceinline__ float* at(const AttentionBackward& p, const Sequence& s, int head, int i,
+                                       int block) const {
+    const int64_t first = p.starts_q != nullptr ? s.row_q / 16 + s.batch : 0;  // no sequence's reach into the next's
+    return data + (((s.memory * p.heads + head) * tiles + first + i / 16) * blocks + block) * kFloats;
+  }
+};
+
+// Adds a warp's accumulators to a block of such sums; where a lane's lie is chosen so that every instruction covers
+// whole sectors.
+__device__ __forceinline__ void add_accumulators(float* to, const float (&x)[4]) {
+  const int lane = threadIdx.x % 32;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  atomicAdd(reinterpret_cast<float4*>(to) + lane, make_float4(x[0], x[1], x[2], x[3]));
+#else
+#pragma unroll
+  for (int e = 0; e < 4; ++e) atomicAdd(to + 32 * e + lane, x[e]);
+#endif
+}
+
+__device__ __forceinline__ void load_accumulators(const float* from, float (&x)[4]) {
+  const int lane = threadIdx.x % 32;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  const Vector<float, 4> four = load_global<4>(from + 4 * lane);
+#pragma unroll
+  for (int e = 0; e < 4; ++e) x[e] = four[e];
+#else
+#pragma unroll
+  for (int e = 0; e < 4; ++e) x[e] = load_global(from + 32 * e + lane);
+#endif
+}
+
+// What a backward call's copies and stores may be, and how it finds q's gradient.
 struct BackwardPlan : Plan {
   int width_grad;               // of grad_out's copies
   bool wide_q, wide_k, wide_v;  // whether the gradients take stores of 8 bytes
+  int whole_keys;               // sequences of at most so many keys: sees_whole_rows; -1 for none
+  QuerySums sums;
+
+  // Whether one tile holds all of a row's weights. Then what the softmax's gradient subtracts comes from them instead
+  // of `out`, whose rounding would show where few keys leave little else. (With grad_weights, grad_lse has their part.)
+  __device__ __forceinline__ bool sees_whole_rows(const Sequence& s) const { return s.lk <= whole_keys; }
+  // Whether q's gradient is what blocks of keys add up.
+  __device__ __forceinline__ bool adds_queries(const Sequence& s) const {
+    return sums.data != nullptr && !sees_whole_rows(s);
+  }
 };
 
 template <class T>

@@ -84,10 +84,10 @@ __global__ void __launch_bounds__(MaskShape<C, kWidth>::kThreads, 1)
     const int i = static_cast<int>(index[2]) * S::kRows, j = static_cast<int>(index[3]) * S::kStreamed;
     if (!sees_any(s, i, S::kRows, j, S::kStreamed)) continue;
     __syncthreads();  // nobody reads the former tiles
-    copy_rows<S::kThreads>(queries, p.q, plan.width_q, p.d, s.memory, head, 0, i, s.lq);
-    copy_rows<S::kThreads>(grads_out, p.grad_out, plan.width_grad, p.dv, s.memory, head, 0, i, s.lq);
-    copy_rows<S::kThreads>(keys, p.k, plan.width_k, p.d, s.memory, kv_head, 0, j, s.lk);
-    copy_rows<S::kThreads>(values, p.v, plan.width_v, p.dv, s.memory, kv_head, 0, j, s.lk);
+    fetch_rows<S::kThreads>(queries, p.q, plan.width_q, p.d, s.memory, head, 0, i, s.lq);
+    fetch_rows<S::kThreads>(grads_out, p.grad_out, plan.width_grad, p.dv, s.memory, head, 0, i, s.lq);
+    fetch_rows<S::kThreads>(keys, p.k, plan.width_k, p.d, s.memory, kv_head, 0, j, s.lk);
+    fetch_rows<S::kThreads>(values, p.v, plan.width_v, p.dv, s.memory, kv_head, 0, j, s.lk);
     copy_async_commit();
     copy_async_wait<0>();
     __syncthreads();

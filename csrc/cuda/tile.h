@@ -119,6 +119,30 @@ __device__ __forceinline__ void copy_tile(TileType tile, int thread, int width, 
   }
 }
 
+// As copy_tile, of rows `stride` elements apart: tile row r < count is the r-th from `rows` on, the others are zeros.
+// For loops: most of what it computes, in the usual width, does not change from one tile to the next.
+template <int Threads, class TileType, class T>
+__device__ __forceinline__ void copy_rows(TileType tile, int thread, int width, int columns, const T* any,
+                                          const T* rows, int64_t stride, int count) {
+  constexpr int kPieces = TileType::kChunks, kStep = Threads / kPieces;
+  if constexpr (Threads % kPieces == 0) {
+    if (width == 16) {
+      const int first = thread / kPieces, column = thread % kPieces * kChunk<T>;
+      const int valid = min(max(columns - column, 0), kChunk<T>) * static_cast<int>(sizeof(T));
+      const T* from = rows + first * stride + column;
+#pragma unroll 4
+      for (int r = 0; r < TileType::kRows; r += kStep) {
+        if (TileType::kRows % kStep != 0 && first + r >= TileType::kRows) break;
+        const int bytes = first + r < count ? valid : 0;
+        copy_async<16>(tile.at(first + r, column), bytes > 0 ? from : any, bytes);
+        from += kStep * stride;
+      }
+      return;
+    }
+  }
+  copy_tile<Threads>(tile, thread, width, columns, any, [&](int r) { return r < count ? rows + r * stride : nullptr; });
+}
+
 // A fragment of A [16, depth], or of B [depth, 16] (its left block's two registers, then its right one's), in every
 // part of the arithmetic.
 template <class C>

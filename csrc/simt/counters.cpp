@@ -66,7 +66,10 @@ void settle(const Request& request) {
       counting->global_store_sectors += sectors(request);
       counting->global_store_bytes += bytes;
       return;
-    case Access::kAtomic: counting->atomic_requests += 1; return;
+    case Access::kAtomic:
+      counting->atomic_requests += 1;
+      counting->atomic_sectors += sectors(request);
+      return;
     case Access::kSharedStore: {
       const Passes p = passes(request);
       counting->shared_store_requests += 1;

@@ -16,7 +16,17 @@ from torch import Tensor
 
 from .. import dispatch
 
-__all__ = ["FAMILIES", "Case", "Outcome", "check", "full_precision", "operator_table", "poisoned_memory", "tolerances"]
+__all__ = [
+    "FAMILIES",
+    "Case",
+    "Outcome",
+    "check",
+    "deterministic",
+    "full_precision",
+    "operator_table",
+    "poisoned_memory",
+    "tolerances",
+]
 
 FAMILIES = ("conv", "recurrent", "attention", "softmax")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -45,6 +55,8 @@ class Case:
     """Part of `verify --quick` and of the default test run."""
     benchmark: tuple[torch.dtype, ...] = ()
     """The dtypes in which this is a row of the benchmark."""
+    two_ways: bool = False
+    """Its gradient may take another way where it need not be deterministic: a GPU's kernels are checked both ways."""
     verify: bool = True
     """False for benchmark rows too large to check on every backend."""
     flops: float = 0.0
@@ -78,14 +90,19 @@ def operator_table(*families: str) -> list[Case]:
 
 
 @contextlib.contextmanager
-def poisoned_memory() -> Iterator[None]:
-    """Fresh tensors hold NaN inside, so that an output that a kernel forgot shows."""
+def deterministic(wanted: bool) -> Iterator[None]:
+    """torch.use_deterministic_algorithms, for as long as the context lasts."""
     former = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(wanted, warn_only=True)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(former[0], warn_only=former[1])
+
+
+def poisoned_memory() -> contextlib.AbstractContextManager[None]:
+    """Fresh tensors hold NaN inside, so that an output that a kernel forgot shows."""
+    return deterministic(True)
 
 
 @contextlib.contextmanager
@@ -123,7 +140,8 @@ def check(case: Case, dtype: torch.dtype, backend: str, *, seed: int = 0) -> Out
     with poisoned_memory(), full_precision(), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # PyTorch's, of its own slow or odd cases
         with dispatch.backend(backend):
-            ours = _run(case, case.function, drawn, dtype, dtype, device, seed)
+            both_ways = case.two_ways and backend in ("cuda", "triton", "simt")
+            ours = _run(case, case.function, drawn, dtype, dtype, device, seed, both_ways)
         with dispatch.backend("reference"):
             truth = _run(case, case.function, drawn, dtype, torch.float64, device, seed)
             measured = _run(case, peer, drawn, measured_in, measured_in, device, seed)
@@ -134,12 +152,13 @@ def check(case: Case, dtype: torch.dtype, backend: str, *, seed: int = 0) -> Out
             )
     scale = torch.finfo(dtype).eps / torch.finfo(measured_in).eps
     worst = Outcome(0.0, 0.0, "no output")
-    for name, true in truth.items():
-        got = ours[name]
+    freely = [(name + _FREELY, name) for name in truth if name + _FREELY in ours]
+    for name, of in [*((name, name) for name in truth), *freely]:
+        got, true = ours[name], truth[of]
         if got.shape != true.shape:
             return Outcome(float("inf"), 0.0, f"{name}: shape {tuple(got.shape)} instead of {tuple(true.shape)}")
         error = _difference(got, true)
-        measure = _difference(measured[name], exact[name]) * scale
+        measure = _difference(measured[of], exact[of]) * scale
         rms, largest = tolerances(measure, true, dtype)
         if dtype == torch.float64:  # the truth is rounded too, by as much again
             rms, largest = rms + _rms(measure), largest + _largest(measure)
@@ -175,7 +194,19 @@ def cast(inputs: Inputs, dtype: torch.dtype, device: str = "cpu") -> dict[str, T
     }
 
 
-def _run(case: Case, function, drawn: Inputs, rounded: torch.dtype, dtype: torch.dtype, device: str, seed: int):
+_FREELY = ", not deterministic"
+
+
+def _run(
+    case: Case,
+    function,
+    drawn: Inputs,
+    rounded: torch.dtype,
+    dtype: torch.dtype,
+    device: str,
+    seed: int,
+    both_ways: bool = False,
+) -> dict[str, Tensor]:
     """Outputs and gradients by name, of inputs rounded to `rounded` and computed in `dtype`."""
     inputs = cast(cast(drawn, rounded), dtype, device)
     leaves = {
@@ -190,12 +221,19 @@ def _run(case: Case, function, drawn: Inputs, rounded: torch.dtype, dtype: torch
         for out in outputs.values()
         if out.requires_grad
     ]
-    if total and leaves:
-        found = torch.autograd.grad(
-            [out for out, _ in total], list(leaves.values()), [g for _, g in total], allow_unused=True
-        )
+    for way in ("", _FREELY) if both_ways else ("",):
+        if not total or not leaves:
+            break
+        with deterministic(torch.are_deterministic_algorithms_enabled() and not way):
+            found = torch.autograd.grad(
+                [out for out, _ in total],
+                list(leaves.values()),
+                [g for _, g in total],
+                allow_unused=True,
+                retain_graph=both_ways,
+            )
         for (name, leaf), grad in zip(leaves.items(), found, strict=True):
-            outputs[f"gradient of {name}"] = torch.zeros_like(leaf) if grad is None else grad
+            outputs[f"gradient of {name}{way}"] = torch.zeros_like(leaf) if grad is None else grad
     return {name: out.detach().cpu() for name, out in outputs.items()}
 
 

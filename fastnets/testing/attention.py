@@ -72,6 +72,7 @@ def _case(
         function=ours,
         peer=torchs if peer and not slopes else None,
         constant=frozenset({"slopes"}),
+        two_ways=True,
         dtypes=benchmark or DTYPES,  # the other dtypes are checked on smaller shapes
         benchmark=benchmark,
         verify=verify,
@@ -121,11 +122,11 @@ def _varlen(name: str, lengths_q: tuple[int, ...], lengths_k: tuple[int, ...], *
         torch.manual_seed(0)
         return functional.varlen_attention(q, k, v, *(s.to(q.device) for s in starts), return_lse=True, **options)
 
-    return Case(op="attention", name=name, inputs=inputs, function=function)
+    return Case(op="attention", name=name, inputs=inputs, function=function, two_ways=True)
 
 
 def _without_peer(case: Case, function) -> Case:
-    return Case(op=case.op, name=case.name, inputs=case.inputs, function=function)
+    return Case(op=case.op, name=case.name, inputs=case.inputs, function=function, two_ways=True)
 
 
 def _square(batch: int, heads: int, length: int, width: int = 64) -> tuple[int, ...]:

@@ -136,6 +136,8 @@ bool stays(double dropout, const std::array<int64_t, 2>& seed, int64_t b, int64_
   return c[j % 64 / 16] >> 8 >= std::rint(dropout * 0x1p24);
 }
 
+constexpr char kNaN = '\xff';  // in every byte of a workspace
+
 // One call: its tensors, the kernels' results, and the truth.
 class Call {
  public:
@@ -171,12 +173,12 @@ class Call {
     }
   }
 
-  void run() {
+  void run_forward() {
     AttentionForward forward{};
     fill(forward);
     forward.out = out.array();
     forward.lse = lse.data();
-    std::vector<char> workspace(cuda::attention_workspace(forward));
+    std::vector<char> workspace(cuda::attention_workspace(forward), kNaN);
     cuda::attention_forward(forward, workspace.data(), nullptr);
     if (s.weights) {
       AttentionWeights request{};
@@ -185,6 +187,9 @@ class Call {
       request.weights = weights.data();
       cuda::attention_weights(request, nullptr);
     }
+  }
+
+  void run_backward(bool deterministic) {
     AttentionBackward backward{};
     fill(backward);
     backward.grad_out = grad_out.array(), backward.out = out.array();
@@ -192,21 +197,25 @@ class Call {
     const Tensor inner = with_inner();
     if (s.grad_lse) backward.grad_lse = inner.data();
     if (s.weights) backward.grad_weights = grad_weights.data();
+    for (Tensor* gradient : {&grad_q.values, &grad_k.values, &grad_v.values, &grad_mask}) gradient->forget();
     backward.grad_q = grad_q.array(), backward.grad_k = grad_k.array(), backward.grad_v = grad_v.array();
     backward.splits = 1;
+    backward.deterministic = deterministic;
     if (s.mask == MaskKind::kAdditive) {
       backward.grad_mask = grad_mask.data();
       const int64_t sizes[] = {1, 1, mask_rows, s.lk};
       std::copy(sizes, sizes + 4, backward.mask_sizes);
     }
-    std::vector<char> more(cuda::attention_workspace(backward));
-    cuda::attention_backward(backward, more.data(), nullptr);
+    std::vector<char> workspace(cuda::attention_workspace(backward), kNaN);
+    cuda::attention_backward(backward, workspace.data(), nullptr);
   }
 
-  void compare() {
-    std::vector<double> true_out(out.values.size()), true_lse(lse.size(), -INFINITY), true_weights(weights.size());
-    std::vector<double> dq(grad_q.values.size()), dk(grad_k.values.size()), dv(grad_v.values.size());
-    std::vector<double> dmask(grad_mask.size());
+  void find_truth() {
+    true_out.assign(out.values.size(), 0);
+    true_lse.assign(lse.size(), -INFINITY);
+    true_weights.assign(weights.size(), 0);
+    dq.assign(grad_q.values.size(), 0), dk.assign(grad_k.values.size(), 0), dv.assign(grad_v.values.size(), 0);
+    dmask.assign(grad_mask.size(), 0);
     for (int64_t b = 0; b < s.batch; ++b) {
       const int64_t memory = s.sequences ? 0 : b;
       const int64_t q0 = s.sequences ? starts_q[b] : 0, q1 = s.sequences ? starts_q[b + 1] : s.lq;
@@ -264,9 +273,15 @@ class Call {
         }
       }
     }
+  }
+
+  void compare() const {
     expect_near("out", out.values, true_out);
     expect_near("lse", lse, true_lse);
     if (s.weights) expect_near("weights", weights, true_weights);
+  }
+
+  void compare_gradients() const {
     expect_near("grad_q", grad_q.values, dq);
     expect_near("grad_k", grad_k.values, dk);
     expect_near("grad_v", grad_v.values, dv);
@@ -322,6 +337,7 @@ class Call {
   const Arithmetic& a;
   Rows q, k, v, out, grad_out, grad_q, grad_k, grad_v;
   Tensor lse, grad_lse, slopes, added, grad_mask, weights, grad_weights;
+  std::vector<double> true_out, true_lse, true_weights, dq, dk, dv, dmask;
   std::vector<uint8_t> seen;
   std::vector<int64_t> starts_q, starts_k;
   std::array<int64_t, 2> seed = {123456789, 987654321};
@@ -343,8 +359,13 @@ void add_cases(Cases& cases) {
             &kGeneral[(2 * turn + 1) % std::size(kGeneral)]}) {
         cases.add(std::string(arithmetic.name) + ", d " + std::to_string(width.d) + ", " + setting->name, [=] {
           Call call(*setting, arithmetic, width);
-          call.run();
+          call.find_truth();
+          call.run_forward();
           call.compare();
+          for (const bool deterministic : {true, false}) {
+            call.run_backward(deterministic);
+            call.compare_gradients();
+          }
         });
       }
     }

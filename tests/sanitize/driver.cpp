@@ -52,8 +52,12 @@ Tensor::Tensor(Dtype dtype, int64_t count, int64_t skipped) : dtype_(dtype), cou
   const size_t bytes = (count + skipped) * width(dtype);
   void* p = nullptr;
   if (posix_memalign(&p, 32, bytes > 0 ? bytes : 1) != 0) throw std::bad_alloc();
-  std::memset(p, 0xff, bytes);
   memory_.reset(p);
+  forget();
+}
+
+void Tensor::forget() {
+  if (memory_ != nullptr) std::memset(memory_.get(), 0xff, (count_ + skipped_) * width(dtype_));
 }
 
 void* Tensor::at(int64_t i) const { return static_cast<char*>(memory_.get()) + (skipped_ + i) * width(dtype_); }

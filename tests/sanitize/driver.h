@@ -33,6 +33,7 @@ class Tensor {
   void* data() const { return count_ > 0 ? at(0) : nullptr; }
   double operator[](int64_t i) const;
   void set(int64_t i, double value);  // rounded to the dtype
+  void forget();                      // all elements are NaN again
 
  private:
   void* at(int64_t i) const;

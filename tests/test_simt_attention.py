@@ -149,6 +149,18 @@ def test_a_launch_that_does_not_fit_raises(device, dtype, width):
         simt(*inputs)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_query_that_is_not_finite_spoils_its_own_row_alone(dtype, value):
+    q, k, v = draw(lq=70, lk=70, dtype=dtype)
+    expected = simt(q, k, v)
+    q[0, 1, 3, 2] = value
+    found = simt(q, k, v)
+    assert found[0, 1, 3].isnan().all()
+    found[0, 1, 3] = expected[0, 1, 3]
+    assert found.equal(expected)
+
+
 def test_too_wide_heads_are_objected_to():
     with pytest.raises(NotImplementedError, match="up to 256, not 264"):
         simt(*draw(d=264, dv=8))

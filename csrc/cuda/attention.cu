@@ -55,6 +55,11 @@ struct Deal {
   float* partial_lse;  // [splits, rows of lse]
 };
 
+struct Span {
+  int begin, end;
+  __device__ __forceinline__ bool has(int j) const { return j >= begin && j < end; }
+};
+
 // The rows of one tile of queries.
 struct QueryTile {
   const Attention& p;
@@ -75,9 +80,9 @@ struct QueryTile {
   __device__ __forceinline__ int last_key(int r, int count) const {
     return exists(r) ? s.last(min(query(r + count - 1), s.lq - 1)) : 0;
   }
-  // Whether all of them see all of keys [j0, j0 + keys).
-  __device__ __forceinline__ bool sees_all(int r, int count, int j0, int keys) const {
-    return j0 - query(r + count - 1) >= s.lower && j0 + keys - 1 - query(r) < s.upper && j0 + keys <= s.lk;
+  // Where a block of `keys` keys has to begin for all of them to see all of it.
+  __device__ __forceinline__ Span sees_all(int r, int count, int keys) const {
+    return {query(r + count - 1) + s.lower, min(query(r) + s.upper, s.lk) - keys + 1};
   }
 };
 
@@ -197,7 +202,7 @@ __global__ void __launch_bounds__(Shape<C, kWidth, use>::kThreads, 1)
   int64_t unit = blockIdx.x;
   const int split = static_cast<int>(unit % deal.splits);
   unit /= deal.splits;
-  const int head = static_cast<int>(unit / deal.tiles) * deal.pack;
+  const int head = static_cast<int>(unit / deal.tiles) * deal.pack, kv_head = head / static_cast<int>(p.groups);
   const Piece piece = piece_of(p.starts_q, p.lq * deal.pack, p.batch, S::kRows, unit % deal.tiles);
   if (piece.batch < 0) return;
   QueryTile tile{p, sequence_of(p, piece.batch), deal.pack, head, 0, 0};
@@ -218,7 +223,7 @@ __global__ void __launch_bounds__(Shape<C, kWidth, use>::kThreads, 1)
     if (step < 2 * count) {
       const int j0 = (begin + step / 2) * S::kKeys;
       const T* const data = static_cast<const T*>(x.data);
-      const T* const base = data + s.memory * x.batch + head / p.groups * x.head + (s.row_k + j0) * x.row;
+      const T* const base = data + s.memory * x.batch + kv_head * x.head + (s.row_k + j0) * x.row;
       copy_rows<S::kThreads>(slot(step), thread, width, static_cast<int>(columns), data, base, x.row, s.lk - j0);
     }
     copy_async_commit();
@@ -242,6 +247,7 @@ __global__ void __launch_bounds__(Shape<C, kWidth, use>::kThreads, 1)
 
   const Reader<C, Keys, Side::kB, true, Order::kPaired> read_v;
   const int first_key = tile.first_key(own), last_key = tile.last_key(own, S::kWarpRows);
+  const Span whole = tile.sees_all(own, S::kWarpRows, S::kKeys);
   int rows[S::kRowTiles][2], i[S::kRowTiles][2];
   Query query[S::kRowTiles][2] = {};
 #pragma unroll
@@ -267,10 +273,13 @@ __global__ void __launch_bounds__(Shape<C, kWidth, use>::kThreads, 1)
     __syncthreads();
     fetch(p.v, plan.width_v, p.dv, 2 * n + S::kSlots - 1);
     if (n == 0) held.load();
-    float scores[S::kRowTiles][S::kKeyBlocks][4] = {};
+    float scores[S::kRowTiles][S::kKeyBlocks][4];
     if (needed) {
+#pragma unroll
+      for (int x = 0; x < S::kRowTiles * S::kKeyBlocks * 4; ++x)
+        scores[x / 4 / S::kKeyBlocks][x / 4 % S::kKeyBlocks][x % 4] = 0.0f;
       held.multiply_keys(scores, slot(2 * n), p.d);
-      const bool hidden = !tile.sees_all(own, S::kWarpRows, j0, S::kKeys);
+      const bool hidden = !whole.has(j0);
 #pragma unroll
       for (int r = 0; r < S::kRowTiles; ++r) {
         if constexpr (General) finish_scores<T>(p, plan, s, query[r], j0, scores[r]);
@@ -386,7 +395,7 @@ __global__ void __launch_bounds__(Shape<C, kWidth, Use::kWeights>::kThreads, 1)
   int64_t unit = blockIdx.x;
   const int split = static_cast<int>(unit % deal.splits);
   unit /= deal.splits;
-  const int head = static_cast<int>(unit / deal.tiles);
+  const int head = static_cast<int>(unit / deal.tiles), kv_head = head / static_cast<int>(p.groups);
   const Piece piece = piece_of(nullptr, p.lq, p.batch, S::kRows, unit % deal.tiles);
   const QueryTile tile{p, sequence_of(p, piece.batch), 1, head, piece.tile * S::kRows, static_cast<int>(p.lq)};
   const Sequence& s = tile.s;
@@ -400,7 +409,7 @@ __global__ void __launch_bounds__(Shape<C, kWidth, Use::kWeights>::kThreads, 1)
     if (n < count) {
       const int j0 = (begin + n) * S::kKeys;
       const T* const data = static_cast<const T*>(p.k.data);
-      const T* const base = data + s.memory * p.k.batch + head / p.groups * p.k.head + j0 * p.k.row;
+      const T* const base = data + s.memory * p.k.batch + kv_head * p.k.head + j0 * p.k.row;
       copy_rows<S::kThreads>(slot(n), thread, plan.width_k, static_cast<int>(p.d), data, base, p.k.row, s.lk - j0);
     }
     copy_async_commit();
@@ -416,6 +425,7 @@ __global__ void __launch_bounds__(Shape<C, kWidth, Use::kWeights>::kThreads, 1)
   const int rows[2] = {own + thread % 32 / 4, own + thread % 32 / 4 + 8};
   const int i[2] = {tile.query(rows[0]), tile.query(rows[1])};
   const int first_key = tile.first_key(own), last_key = tile.last_key(own, 16);
+  const Span whole = tile.sees_all(own, 16, S::kKeys);
   Query query[2];
   float by[2];
 #pragma unroll
@@ -437,7 +447,7 @@ __global__ void __launch_bounds__(Shape<C, kWidth, Use::kWeights>::kThreads, 1)
     if (j0 < last_key && j0 + S::kKeys > first_key) {
       held.multiply_keys(products, slot(n), p.d);
       finish_scores<T>(p, plan, s, query, j0, scores);
-      if (!tile.sees_all(own, 16, j0, S::kKeys)) hide(s, i, j0, scores);
+      if (!whole.has(j0)) hide(s, i, j0, scores);
 #pragma unroll
       for (int block = 0; block < S::kKeyBlocks; ++block) {
 #pragma unroll

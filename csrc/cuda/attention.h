@@ -15,7 +15,7 @@
 namespace fastnets::cuda {
 
 constexpr float kLog2E = 1.44269504f;
-constexpr int kFar = 1 << 30;    // more than any length
+constexpr int kFar = 1 << 29;    // more than any length
 constexpr int kColumnStep = 32;  // products leave out a tile's columns beyond the heads' in steps of so many
 
 // What the host finds out once.
@@ -35,7 +35,7 @@ inline int copy_width_of(const AttentionArray& x, Dtype dtype, int64_t batch, in
 }
 
 inline Plan plan_of(const Attention& p) {
-  if (p.lq >= kFar || p.lk >= kFar) throw std::invalid_argument("attention takes sequences of less than 2^30");
+  if (p.lq >= kFar || p.lk >= kFar) throw std::invalid_argument("attention takes sequences of less than 2^29");
   constexpr double kExactLog2E = 1.4426950408889634074;
   Plan plan{};
   plan.factor = static_cast<float>(p.softcap != 0 ? p.scale / p.softcap : p.scale * kExactLog2E);

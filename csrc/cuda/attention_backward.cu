@@ -10,8 +10,8 @@ constexpr int kTermsThreads = 128;
 
 // Dealing out a side's rows: tiles of all sequences times the heads.
 template <class C, int kWidth, bool General, Own own>
-struct GradShape : BackwardShape<C, kWidth, General && own == Own::kKeys> {
-  using S = BackwardShape<C, kWidth, General && own == Own::kKeys>;
+struct GradShape : BackwardShape<C, kWidth, 128, General && own == Own::kKeys> {
+  using S = BackwardShape<C, kWidth, 128, General && own == Own::kKeys>;
   // 128 columns of two gradients are as many accumulators as a thread has registers for: more are divided between
   // warps, who then find the same weights.
   static constexpr int kParts = own == Own::kKeys && kWidth > 128 ? 2 : 1;
@@ -62,14 +62,14 @@ __device__ __forceinline__ void store_sums(T* data, int64_t row_stride, const bo
 }
 
 // The gradients of a tile's scores, handed from warps that own keys to warps that sum up queries: they take the place
-// of the streamed grad_out. Of 16 bits [keys, queries], for ldmatrix to transpose; of 32 bits, which it cannot,
+// of the streamed tiles. Of 16 bits [keys, queries], for ldmatrix to transpose; of 32 bits, which it cannot,
 // [queries, keys].
 template <class C, class S>
 struct SharedGrads {
   using T = typename C::Storage;
   static constexpr bool kTransposed = sizeof(T) == 2;
   using TileType = Tile<T, kTransposed ? S::kRows : S::kStreamed, kTransposed ? S::kStreamed : S::kRows>;
-  static_assert(TileType::kBytes <= S::StreamedTile::kBytes);
+  static_assert(TileType::kBytes <= S::kSlotBytes);
 
   static __device__ __forceinline__ void store(TileType tile, int row, const float (&grads)[S::kBlocks][4]) {
     const int lane = threadIdx.x % 32;
@@ -94,7 +94,8 @@ __device__ __forceinline__ void add_queries(const AttentionBackward& p, const Qu
                                             int head, int from, typename SharedGrads<C, S>::TileType grads,
                                             typename S::OwnTile keys) {
   using G = SharedGrads<C, S>;
-  constexpr int kGroups = S::kStreamed / 16, kShare = S::kColumns / (S::kWarps / kGroups);
+  constexpr int kGroups = S::kStreamed / 16, kEven = S::kColumns * kGroups / S::kWarps;
+  constexpr int kShare = kEven < 16 ? 16 : kEven;  // too many warps: the last have no columns
   constexpr int kStep = kShare < kColumnStep ? kShare : kColumnStep;
   const Reader<C, typename G::TileType, Side::kA, G::kTransposed> read_grads;
   const Reader<C, typename S::OwnTile, Side::kB, true> read_keys;
@@ -105,7 +106,7 @@ __device__ __forceinline__ void add_queries(const AttentionBackward& p, const Qu
   for (int column = 0; column < kShare; column += kStep) {
     if (share + column >= p.d) break;
     float sum[kStep / 8][4] = {};
-#pragma unroll(sizeof(typename C::Storage) == 2 ? 4 : 1)
+#pragma unroll(sizeof(typename C::Storage) == 2 ? 8 : 1)
     for (int k = 0; k < S::kRows; k += kDepth<C>) {
       const Fragment<C> a = read_grads(grads, G::kTransposed ? k : row, G::kTransposed ? row : k);
 #pragma unroll
@@ -299,8 +300,8 @@ __global__ void __launch_bounds__(GradShape<C, kWidth, General, own>::kThreads, 
     if constexpr (kOwnsKeys) {
       if (!adds) continue;
       using Grads = SharedGrads<C, S>;
-      const typename Grads::TileType tile(tile_2.data);
-      __syncthreads();  // nobody reads grad_out there
+      const typename Grads::TileType tile(slot(n));
+      __syncthreads();  // nobody reads what was streamed
       if (part == 0) Grads::store(tile, row, grads);
       __syncthreads();
       add_queries<C, S>(p, plan.sums, s, head, from, tile, own_1);
@@ -390,13 +391,13 @@ size_t sums_bytes(const AttentionBackward& p, const QuerySums& sums) {
 
 template <class C, int kWidth>
 int whole_keys(const AttentionBackward& p) {
-  return p.grad_weights == nullptr ? BackwardShape<C, kWidth>::kStreamed : -1;
+  return p.grad_weights == nullptr ? BackwardShape<C, kWidth, 128>::kStreamed : -1;
 }
 
 // The sums that the call needs, nowhere yet: of no tiles where a kernel of its own finds q's gradient.
 template <class C, int kWidth>
 QuerySums sums_of(const AttentionBackward& p) {
-  constexpr int kRows = BackwardShape<C, kWidth>::kRows;
+  constexpr int kRows = BackwardShape<C, kWidth, 128>::kRows;
   if (p.deterministic || (p.starts_k == nullptr && p.lk <= whole_keys<C, kWidth>(p))) return {};
   // Adding is 5 products of tiles in as many blocks as there are of keys; not adding, 4 in as many and 3 in blocks of
   // queries. Where keys are so few that they leave multiprocessors idle, the latter takes less time.

@@ -12,14 +12,14 @@ namespace fastnets::cuda {
 
 enum class Own { kQueries, kKeys };
 
-// By the bytes of a row in shared memory. Own and streamed tiles, two of each kind, take 48, 64, 96 and 96 KB: within
-// the 99 KB that a block may have on 8.6, 8.9 and 12.0.
-// Where registers are short, `Tight`, half as many rows stream by at a time.
-template <class C, int kWidth, bool Tight = false>
+// By the bytes of a row in shared memory. At most kMostRows own rows; with 128, own and streamed tiles, two of each
+// kind, take 64, 96, 96 and 96 KB: within the 99 KB that a block may have on 8.6, 8.9 and 12.0. Where registers are
+// short, `Tight`, half as many rows stream by at a time.
+template <class C, int kWidth, int kMostRows, bool Tight = false>
 struct BackwardShape {
   using T = typename C::Storage;
   static constexpr int kRowBytes = kWidth * sizeof(T), kColumns = kWidth;
-  static constexpr int kRows = kRowBytes <= 512 ? 64 : 32;
+  static constexpr int kRows = std::min(kMostRows, kRowBytes <= 256 ? 128 : kRowBytes <= 512 ? 64 : 32);
   static constexpr int kStreamed = (kRowBytes <= 128   ? 64
                                     : kRowBytes <= 256 ? 32
                                                        : 16) /
@@ -124,11 +124,12 @@ class Weights {
   static constexpr int kBlocks = S::kBlocks;
 
  public:
-  // From products q k: the scores in log2, -inf where a query does not see a key.
+  // From products q k: the scores in log2, yet to be multiplied by plan.factor if not General; -inf where a query does
+  // not see a key.
   __device__ __forceinline__ void finish(const AttentionBackward& p, const Plan& plan, const Sequence& s, int head,
                                          const Places<own>& at, bool whole, float (&scores)[kBlocks][4]) {
-    at.each(scores, [&](int, int, float& score) { score *= plan.factor; });
     if constexpr (General) {
+      at.each(scores, [&](int, int, float& score) { score *= plan.factor; });
       if (plan.cap != 0.0f) {
 #pragma unroll
         for (int block = 0; block < kBlocks; ++block) {
@@ -182,7 +183,8 @@ class Weights {
       const TwoRows rows = terms_of(block);
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        scores[block][e] = exp2_approx(scores[block][e] - rows.terms[which(e)].lse);
+        const float lse = rows.terms[which(e)].lse;
+        scores[block][e] = exp2_approx(General ? scores[block][e] - lse : fmaf(scores[block][e], plan.factor, -lse));
         if constexpr (General) grads[block][e] *= factor(plan, block, e);
       }
     }

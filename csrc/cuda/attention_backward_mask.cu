@@ -10,8 +10,8 @@ namespace {
 constexpr int kSumThreads = 256;
 
 template <class C, int kWidth>
-struct MaskShape : BackwardShape<C, kWidth> {
-  using S = BackwardShape<C, kWidth>;
+struct MaskShape : BackwardShape<C, kWidth, 64> {
+  using S = BackwardShape<C, kWidth, 64>;
   static constexpr int kThreads = 32 * (S::kRows / 16);
   static constexpr int kPitch =
       (S::kStreamed + 31) / 32 * 32 + 8;  // of the tile's sums: stores and sums along rows meet no conflict

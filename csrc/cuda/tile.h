@@ -133,8 +133,8 @@ __device__ __forceinline__ void copy_rows(TileType tile, int thread, int width, 
 #pragma unroll 4
       for (int r = 0; r < TileType::kRows; r += kStep) {
         if (TileType::kRows % kStep != 0 && first + r >= TileType::kRows) break;
-        const int bytes = first + r < count ? valid : 0;
-        copy_async<16>(tile.at(first + r, column), bytes > 0 ? from : any, bytes);
+        const bool exists = first + r < count;
+        copy_async<16>(tile.at(first + r, column), exists ? from : any, exists ? valid : 0);
         from += kStep * stride;
       }
       return;

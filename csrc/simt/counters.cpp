@@ -69,6 +69,7 @@ void settle(const Request& request) {
     case Access::kAtomic:
       counting->atomic_requests += 1;
       counting->atomic_sectors += sectors(request);
+      counting->atomic_bytes += bytes;
       return;
     case Access::kSharedStore: {
       const Passes p = passes(request);

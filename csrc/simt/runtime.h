@@ -112,6 +112,7 @@ void fence();
   X(global_store_bytes)                                                                      \
   X(atomic_requests)                                                                         \
   X(atomic_sectors)                                                                          \
+  X(atomic_bytes)                                                                            \
   X(shared_load_requests)                                                                    \
   X(shared_load_wavefronts) /* passes over the 32 banks */                                   \
   X(shared_load_conflicts)  /* wavefronts beyond those that the width of the access needs */ \

@@ -23,6 +23,7 @@ def _attention(
     tf32: bool = False,
     bias: tuple[int, int] | None = None,
     bias_dtype: torch.dtype | None = None,
+    deterministic: bool = False,
     **options: Any,
 ) -> Workload:
     """One batch entry with `heads` query heads, each `groups` of which share a head of keys and values."""
@@ -58,6 +59,7 @@ def _attention(
         exponentials=heads * seen,
         recomputes=True,
         saved=heads * lq * 4,
+        deterministic=deterministic,
     )
 
 
@@ -67,6 +69,8 @@ def workloads() -> Iterator[Workload]:
     for dtype in (torch.bfloat16, torch.float32):
         yield _attention("8x16x512x64", dtype, d=64, **square)
         yield _attention("8x16x512x64 causal", dtype, d=64, right=0, **square)
+    yield _attention("8x16x512x64 deterministic", torch.bfloat16, d=64, deterministic=True, **square)
+    yield _attention("8x16x512x128", torch.bfloat16, d=128, **square)
     yield _attention("8x16x512x128 causal", torch.bfloat16, d=128, right=0, **square)
     yield _attention("8x16x512x64 causal TF32", torch.float32, d=64, right=0, tf32=True, **square)
     yield _attention("8x16x512x64 bias [512, 512]", torch.bfloat16, d=64, bias=(512, 512), **square)
@@ -75,11 +79,13 @@ def workloads() -> Iterator[Workload]:
 
 
 def probes() -> Iterator[Workload]:
-    """Every arithmetic and width of tiles: plain, general with a bias, few queries, split keys, weights."""
+    """Every arithmetic and width of tiles: plain, general with a bias, few queries, split keys, weights, both ways
+    back."""
     for dtype, tf32 in ((torch.bfloat16, False), (torch.float16, False), (torch.float32, True), (torch.float32, False)):
         for d in (64, 128, 256):
             of = {"dtype": dtype, "d": d, "tf32": tf32}
             yield _attention("plain", lq=72, lk=8, **of)
+            yield _attention("plain", lq=16, lk=72, **of)
             yield _attention("general", lq=72, lk=8, heads=2, bias=(1, 8), return_weights=True, **of)
             yield _attention("few", lq=1, lk=8, heads=2, bias=(1, 8), bias_dtype=torch.float32, **of)
             yield _attention("split", lq=1, lk=8, **of) if d != 64 else _attention("split", lq=1, lk=640, **of)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ... import _library, dispatch
+from ... import _library, dispatch, testing
 from .._gpu import Work
 from .._machine_code import signature
 
@@ -38,6 +38,8 @@ class Workload:
     recomputes: bool = False
     saved: int = 0
     """Bytes of one copy that the forward pass writes for the backward pass alone, which reads them."""
+    deterministic: bool = False
+    """Whether the gradient's bits must be the same in every run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,19 +59,19 @@ class Counts:
 
     @property
     def bytes(self) -> int:
-        """Moved between multiprocessors and L2: whole sectors of 32 bytes."""
-        return 32 * self.total("global_load_sectors", "global_store_sectors")
+        """Moved between multiprocessors and L2: whole sectors of 32 bytes, those that atomics send among them."""
+        return 32 * self.total("global_load_sectors", "global_store_sectors", "atomic_sectors")
 
     @property
     def sectors_per_request(self) -> float:
-        requests = self.total("global_load_requests", "global_store_requests")
+        requests = self.total("global_load_requests", "global_store_requests", "atomic_requests")
         return self.bytes / 32 / requests if requests else 0.0
 
     @property
     def asked_sectors_per_request(self) -> float:
         """What lanes ask for, in sectors; less than that are touched where lanes ask for the same."""
-        asked = self.total("global_load_bytes", "global_store_bytes")
-        requests = self.total("global_load_requests", "global_store_requests")
+        asked = self.total("global_load_bytes", "global_store_bytes", "atomic_bytes")
+        requests = self.total("global_load_requests", "global_store_requests", "atomic_requests")
         return asked / 32 / requests if requests else 0.0
 
     @property
@@ -130,7 +132,7 @@ def measured(workload: Workload) -> tuple[list[Counts], dict[str, Launch]]:
     _simt.reset_counters()
     _simt.set_counting(True)
     try:
-        with dispatch.backend("simt"):
+        with dispatch.backend("simt"), testing.deterministic(workload.deterministic):
             result = workload.call(**inputs)
             in_and_out = sum(t.nbytes for t in inputs.values()) + result.nbytes
             finish("forward", in_and_out + workload.saved)

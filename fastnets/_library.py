@@ -6,8 +6,10 @@ a third one, `_simt`: the CUDA kernels on the SIMT device.
 
 import importlib
 import importlib.machinery
+import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,6 +26,17 @@ path: Path | None = _find("_C")
 
 cuda_path: Path | None = _find("_C_cuda")
 """Where the CUDA operators' library is, or None when there is none."""
+
+
+def _read_record() -> dict[str, Any]:
+    try:
+        return json.loads((_FOLDER / "_build.json").read_text())
+    except FileNotFoundError:  # nothing is built here
+        return {}
+
+
+build: dict[str, Any] = _read_record()
+"""What setup.py wrote of its build: version, commit, torch, cuda, cuda_architectures; empty where nothing is built."""
 
 
 def _load() -> str | None:
@@ -53,11 +66,21 @@ def _load_cuda() -> str | None:
         return f"torch {torch.__version__} is a build without CUDA"
     if cuda_path is None:
         return f"no CUDA library in {_FOLDER}: build it with `FASTNETS_CUDA=1 pip install .` (needs nvcc)"
+    built, theirs = build.get("cuda"), torch.version.cuda
+    if built is not None and _major(built) != _major(theirs):
+        return (
+            f"the CUDA library here is of CUDA {built} and torch {torch.__version__} of CUDA {theirs}: "
+            f"install fastnets for CUDA {_major(theirs)}, or torch for CUDA {_major(built)}"
+        )
     try:
         torch.ops.load_library(str(cuda_path))
     except (OSError, RuntimeError) as error:
         return f"{cuda_path.name} does not load: {error}"
     return None
+
+
+def _major(version: str) -> str:
+    return version.partition(".")[0]
 
 
 cuda_missing: str | None = _load_cuda()

@@ -50,7 +50,7 @@ def test_module_and_version():
     assert out.startswith("fastnets 0.")
 
 
-@pytest.mark.parametrize("command", [(), ("info",), ("verify",), ("bench",), ("train",), ("inspect",)])
+@pytest.mark.parametrize("command", [(), ("info",), ("verify",), ("bench",), ("train",), ("inspect",), ("wheel-check",)])
 def test_help(capsys, command):
     with pytest.raises(SystemExit) as stop:
         main([*command, "--help"])

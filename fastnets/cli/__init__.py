@@ -17,6 +17,7 @@ COMMANDS = {
     "verify": "check every operator, forwards and backwards, on every backend here against float64",
     "bench": "time every operator and network beside PyTorch's own, in one process",
     "inspect": "what the compiler made of the CUDA kernels, what they do to memory, and estimates: all without a GPU",
+    "wheel-check": "check a wheel: contents, architectures, tags, and what it asks of other libraries",
     "train": "train one of the networks on real data, alone or beside its torch.nn twin",
 }
 INTERRUPTED = 130
@@ -41,7 +42,7 @@ def _parser(asked: str | None) -> argparse.ArgumentParser:
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
         if name == asked:
-            module = importlib.import_module(f".{name}", __name__)
+            module = importlib.import_module(f".{name.replace('-', '_')}", __name__)
             module.add_arguments(command)
             command.set_defaults(run=module.run)
     return parser

@@ -71,12 +71,17 @@ def _print(found: dict[str, Any]) -> None:
         {row["backend"]: "available" if row["available"] else f"missing: {row['reason']}" for row in found["backends"]},
     )
     build = found["build"]
-    size = f" ({build['bytes'] / 1e6:.2f} MB)" if build["bytes"] else ""
+
+    def library(path: str | None, size: int | None, otherwise: str) -> str:
+        return f"{path} ({size / 1e6:.2f} MB)" if path else otherwise
+
     table(
         "build",
         {
-            "operator library": f"{build['library'] or build['reason']}{size}",
-            "CUDA library": build["cuda_library"] or "not built",
+            "operator library": library(build["library"], build["bytes"], build["reason"]),
+            "CUDA library": library(build["cuda_library"], build["cuda_bytes"], "not built"),
+            "CUDA": build["cuda"] and f"{build['cuda']}, for {build['cuda_architectures']}",
+            "built against": build["torch"] and f"torch {build['torch']}",
             "compiler": build["compiler"],
             "commit": found["commit"],
         },

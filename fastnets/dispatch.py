@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import _library, kernels
+from .reference.recurrent import CELLS
 
 __all__ = ["BACKENDS", "Case", "Implementation", "Unsupported", "backend", "recording", "select", "why_missing"]
 
@@ -108,6 +109,9 @@ def _cuda_supports(case: Case) -> str | None:
 def _triton_supports(case: Case) -> str | None:
     if kernels.missing is not None:
         return kernels.missing
+    variants = case.options - set(CELLS) if case.family == "recurrent" else ()
+    if variants:
+        return f"the Triton kernels have no {', '.join(sorted(variants))}"
     if case.device == "cpu":  # asked only when forced, by tests
         return kernels.interpreter_missing or _kernels_objection(case)
     if case.device != "cuda":

@@ -26,6 +26,8 @@ _MODULES = {
     "conv_grad_input": "conv",
     "conv_grad_weight": "conv",
     "conv_grad_epilogue": "conv",
+    "recurrent_forward": "recurrent",
+    "recurrent_backward": "recurrent",
 }
 """Operator -> the module that has it, as a function of its name."""
 

@@ -32,17 +32,21 @@ STABLE_TORCH_LIBRARY(FASTNETS_LIBRARY, m) {
   // h0[B, P], c0[B, H], w_ih[G H, I], w_hh[G H, P], biases [G H], w_hr[P, H], lengths[B]; cell: an index into its
   // CELLS. Returns y[T, B, P], the last h and c, and, with save, what backward needs of the gates [T, B, 4 H] and of
   // lstm's cell states [T, B, H] in the type that arithmetic runs in. What a cell does not have, or nobody asked for,
-  // is empty. tf32: whether a GPU may round a float product's operands to TF32.
+  // is empty. tf32: whether a GPU may round a float product's operands to TF32. From peephole on: an lstm's variant,
+  // see Variant in the reference; with layer norm the gates are [T, B, 12 H], the products before it behind them.
   m.def(
       "recurrent_forward(Tensor x, Tensor h0, Tensor? c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
-      "Tensor? w_hr, Tensor? lengths, int cell, bool reverse, bool tf32, bool save) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  // The gradients in x, h0, c0, w_ih, w_hh, b_ih, b_hh and w_hr, from those in y and the last states.
+      "Tensor? w_hr, Tensor? lengths, int cell, bool reverse, bool tf32, bool save, Tensor? peephole=None, "
+      "Tensor? norm=None, Tensor? keep_g=None, Tensor? hold_h=None, Tensor? hold_c=None, float keep_scale=1.0, "
+      "float zoneout_h=0.0, float zoneout_c=0.0, float clip=0.0) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // The gradients in x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, peephole and norm, from those in y and the last states.
   m.def(
       "recurrent_backward(Tensor? grad_y, Tensor? grad_h, Tensor? grad_c, Tensor x, Tensor h0, Tensor? c0, "
       "Tensor w_ih, Tensor w_hh, Tensor? w_hr, Tensor? lengths, Tensor y, Tensor? gates, Tensor? cells, int cell, "
-      "bool reverse, bool tf32, bool need_x, bool need_weights) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "bool reverse, bool tf32, bool need_x, bool need_weights, Tensor? peephole=None, Tensor? norm=None, "
+      "Tensor? keep_g=None, Tensor? hold_h=None, Tensor? hold_c=None, float keep_scale=1.0, float zoneout_h=0.0, "
+      "float zoneout_c=0.0, float clip=0.0) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   // softmax over `dim` of x * scale + mask, mask boolean (True takes part) or additive, of x's shape (strides may be
   // 0).
   m.def("softmax_forward(Tensor x, Tensor? mask, int dim, float scale) -> Tensor");

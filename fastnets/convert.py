@@ -31,7 +31,10 @@ def convert(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def revert(model: torch.nn.Module) -> torch.nn.Module:
-    """The way back: every layer of ours becomes torch.nn's again, in place; as `convert` in every other respect."""
+    """The way back: every layer of ours becomes torch.nn's again, in place; as `convert` in every other respect.
+
+    An LSTM with options that torch's lacks stays ours.
+    """
     return _swap(model, {ours: theirs for theirs, ours in TABLE.items()})
 
 
@@ -48,6 +51,6 @@ def _swap(model: torch.nn.Module, table: dict[type, type]) -> torch.nn.Module:
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     for module in model.modules():
-        if type(module) in table and _runs_its_class(module):
+        if type(module) in table and _runs_its_class(module) and not (isinstance(module, nn.LSTM) and module.options):
             module.__class__ = table[type(module)]
     return model

@@ -79,6 +79,15 @@ struct ConvGradEpilogue {
 
 enum class Cell : int { kLstm, kGru, kRnnTanh, kRnnRelu };  // the order of fastnets.reference.recurrent.CELLS
 
+// What an lstm does beyond the plain one, see Variant in fastnets/reference/recurrent.py. Null: not in use.
+struct LstmVariant {
+  const void* peephole;                     // [3 H]
+  const void* norm;                         // [10 H]
+  const uint8_t *keep_g, *hold_h, *hold_c;  // [T, B, H], [T, B, P], [T, B, H]: zero or one
+  double keep_scale, zoneout_h, zoneout_c;
+  double clip;  // infinity: none
+};
+
 // One recurrent layer in one direction: T steps, B rows, I inputs, H hidden units, P outputs (H without projection), G
 // gates. Gates are kept in columns: lstm i, f, g, o; gru n's part from x, r, z, n's part from h; rnn its only one.
 struct RecurrentShape {
@@ -87,6 +96,8 @@ struct RecurrentShape {
   bool reverse, tf32;  // tf32: a GPU may round the operands of float products
   int64_t steps, batch, input, hidden, output;
   const int64_t* lengths;  // [B], within [0, T] or clamped; null: all T
+  bool is_variant;         // an lstm that is not the plain one
+  LstmVariant variant;
 };
 
 struct RecurrentForward {
@@ -102,8 +113,9 @@ struct RecurrentForward {
   void* y;           // [T, B, P]
   void* h;           // [B, P]
   void* c;           // [B, H], lstm only
-  void* gates;       // [T, B, 4 H], behind the activation, in the type that arithmetic runs in; or null
-  void* cells;       // [T, B, H], lstm's c of every step, likewise
+  void* gates;  // [T, B, 4 H], behind the activation, in the type that arithmetic runs in; or null. With layer norm
+                // [T, B, 12 H]: behind these W_ih x and W_hh h before it
+  void* cells;  // [T, B, H], lstm's c of every step, likewise
 };
 
 struct RecurrentBackward {
@@ -112,6 +124,7 @@ struct RecurrentBackward {
   const void *x, *h0, *c0, *w_ih, *w_hh, *w_hr, *y, *gates, *cells;  // as in RecurrentForward
   // Of the shapes of what they are gradients of; null where nobody asks.
   void *grad_x, *grad_h0, *grad_c0, *grad_w_ih, *grad_w_hh, *grad_b_ih, *grad_b_hh, *grad_w_hr;
+  void *grad_peephole, *grad_norm;
 };
 
 // A tensor [batch, head, row, ...] with contiguous rows; strides in elements.

@@ -9,18 +9,21 @@ namespace {
 template <class S>
 struct Forward {
   using T = Compute<S>;
+  using Variant = LstmVariantCell<Simd<T>>;
   static constexpr int kWidth = kLanes<T>;
 
   const RecurrentForward& p;
   const RecurrentShape& s = p.shape;
-  const GateLayout layout = gate_layout(s.cell, s.hidden);
+  const bool normed = s.variant.norm != nullptr;
+  const GateLayout layout = gate_layout(s.cell, s.hidden, normed);
   const int64_t h_row = round_up(s.output, kWidth), c_row = round_up(s.hidden, kWidth);
   const int64_t chunk = chunk_steps(s);
   const bool once = reads_weights_once(s);
   Rows rows{};
   Panels<T> recurrent{}, projection{};
+  Options<T> options{s};
   T* products;  // [B, G H], with `once`: those with h0
-  T *bias, *h_now, *h_next, *c, *unprojected, *gates_chunk;
+  T *bias, *h_now, *h_next, *c, *made, *unprojected, *gates_chunk;
 
   explicit Forward(const RecurrentForward& params) : p(params) {}
 
@@ -33,16 +36,15 @@ struct Forward {
     h_now = arena.take<T>(s.batch * h_row);
     h_next = arena.take<T>(s.batch * h_row);
     c = arena.take<T>(s.cell == Cell::kLstm ? s.batch * c_row : 0);
+    made = arena.take<T>(normed ? s.batch * c_row : 0);
+    options.place(arena);
     unprojected = arena.take<T>(p.w_hr == nullptr ? 0 : s.batch * c_row);
     gates_chunk = arena.take<T>(saves_gates() ? 0 : chunk * s.batch * layout.columns);
   }
   bool saves_gates() const { return p.gates != nullptr; }
 
   void run() {
-    Arena count;
-    place(count);
-    Arena arena{static_cast<char*>(scratch(0, count.used))};
-    place(arena);
+    place_in_scratch(*this);
     rows.fill();
     prepare();
     for (int64_t step = 0; step < s.steps; step += chunk) run_chunk(step, at_most(step + chunk, s.steps));
@@ -56,6 +58,7 @@ struct Forward {
       recurrent.pack_transposed(static_cast<const S*>(p.w_hh));
     }
     if (p.w_hr != nullptr) projection.pack_transposed(static_cast<const S*>(p.w_hr));
+    options.template fill<S>();
     std::memset(bias, 0, (layout.columns + kWidth) * sizeof(T));
     if (p.b_ih != nullptr) {
       const S* b = static_cast<const S*>(p.b_ih);
@@ -110,6 +113,7 @@ struct Forward {
         gemm<T>(count, block.count, s.input, View<S>{x, s.input, 1}, View<S>{w, 1, s.input}, to, layout.columns, false);
       }
     }
+    if (s.is_variant) return run_variant(begin, end, low, gates);
     switch (s.cell) {
       case Cell::kLstm: return run_cells(begin, end, low, gates, [&](auto... at) { lstm(at...); });
       case Cell::kGru: return run_cells(begin, end, low, gates, [&](auto... at) { gru(at...); });
@@ -118,11 +122,27 @@ struct Forward {
     }
   }
 
+  void run_variant(int64_t begin, int64_t end, int64_t low, T* gates) {
+    if (!normed) return run_cells(begin, end, low, gates, [&](auto... at) { variant(at...); });
+    const auto keep = [&](int64_t, int64_t, int64_t, int64_t, int n, const T* sums, T* to) {
+      for (int q = 0; q < 4; ++q) store_lanes(to + layout.recurrent + q * s.hidden, load(sums + q * kWidth), n);
+    };
+    // A row's norms need all of its units: those who share them leave the rest of the step to one.
+    const Stage rest{1, [&](int64_t step, int64_t row, int64_t past, int64_t, int64_t) {
+                       const int64_t t = rows.time(step);
+                       for (int64_t b = row; b < at_most(past, rows.running_at(t)); ++b) {
+                         if (rows.runs(t, b)) norm_row(step, t, b, gates + ((t - low) * s.batch + b) * layout.columns);
+                       }
+                     }};
+    run_cells(begin, end, low, gates, keep, rest);
+  }
+
   T* h_of(int64_t step) const { return step % 2 == 0 ? h_now : h_next; }
 
-  // cell(step, t, row, unit, units, sums, sums' stride between gates, the row's gates) does one vector of units.
-  template <class Cells>
-  FASTNETS_INLINE void run_cells(int64_t begin, int64_t end, int64_t low, T* gates, const Cells& cell) {
+  // cell(step, t, row, unit, units, sums, the row's gates) does one vector of units; `more` follow within a step.
+  template <class Cells, class... More>
+  FASTNETS_INLINE void run_cells(int64_t begin, int64_t end, int64_t low, T* gates, const Cells& cell,
+                                 const More&... more) {
     const Stage cells{recurrent.count(), [&](int64_t step, int64_t row, int64_t past, int64_t panel, int64_t last) {
                         const int64_t t = rows.time(step);
                         const auto finish = [&](int64_t at, int64_t first, int64_t end_row, const T* sums) {
@@ -143,7 +163,7 @@ struct Forward {
                         multiply_panels(recurrent, h_of(step), h_row, row, past, panel, last, finish);
                       }};
     const int64_t weights = recurrent.depth * layout.recurrents;
-    if (p.w_hr == nullptr) return run_steps(begin, end, s.batch, weights, cells);
+    if (p.w_hr == nullptr) return run_steps(begin, end, s.batch, weights, cells, more...);
     const Stage project{projection.count(), [&](int64_t step, int64_t row, int64_t past, int64_t panel, int64_t last) {
                           const int64_t t = rows.time(step);
                           const auto finish = [&](int64_t at, int64_t first, int64_t end_row, const T* sums) {
@@ -151,15 +171,15 @@ struct Forward {
                             for (int64_t b = first; b < end_row; ++b) {
                               for (int v = 0; v < projection.vectors(at); ++v, sums += kWidth) {
                                 const int64_t j = unit + v * kWidth;
-                                if (rows.runs(t, b))
-                                  emit(step, t, b, j, static_cast<int>(at_most(kWidth, s.output - j)), load(sums));
+                                const int n = static_cast<int>(at_most(kWidth, s.output - j));
+                                if (rows.runs(t, b)) emit(step, t, b, j, n, held(step, t, b, j, n, load(sums)));
                               }
                             }
                           };
                           multiply_panels(projection, unprojected, c_row, row, at_most(past, rows.running_at(t)), panel,
                                           last, finish);
                         }};
-    run_steps(begin, end, s.batch, weights + s.hidden * s.output, cells, project);
+    run_steps(begin, end, s.batch, weights + s.hidden * s.output, cells, more..., project);
   }
 
   // n units of h from unit j on, in row b at time t.
@@ -177,16 +197,77 @@ struct Forward {
     T* state = c + b * c_row + j;
     Vec<T> cell = load(state);
     const Vec<T> h = LstmCell<Simd<T>>::forward(g, cell);
-    store(state, cell);
     if (saves_gates()) {
       for (int q = 0; q < 4; ++q) store_lanes(gates + q * s.hidden, g[q], n);
-      store_lanes(static_cast<T*>(p.cells) + (t * s.batch + b) * s.hidden + j, cell, n);
     }
-    if (t == rows.last_time(b)) store_lanes(static_cast<S*>(p.c) + b * s.hidden + j, cell, n);
+    keep_cell(t, b, j, n, cell);
     if (p.w_hr == nullptr) {
       emit(step, t, b, j, n, h);
     } else {
       store(unprojected + b * c_row + j, h);
+    }
+  }
+  FASTNETS_INLINE void keep_cell(int64_t t, int64_t b, int64_t j, int n, Vec<T> cell) {
+    store(c + b * c_row + j, cell);
+    if (saves_gates()) store_lanes(static_cast<T*>(p.cells) + (t * s.batch + b) * s.hidden + j, cell, n);
+    if (t == rows.last_time(b)) store_lanes(static_cast<S*>(p.c) + b * s.hidden + j, cell, n);
+  }
+
+  // h behind zoneout.
+  FASTNETS_INLINE Vec<T> held(int64_t step, int64_t t, int64_t b, int64_t j, int n, Vec<T> h) {
+    if (!options.holds_h) return h;
+    return Variant::hold(options.hold_h(t * s.batch + b, j, n), load(h_of(step) + b * h_row + j), h);
+  }
+
+  FASTNETS_INLINE void variant(int64_t step, int64_t t, int64_t b, int64_t j, int n, const T* sums, T* gates) {
+    const LstmOptions<Vec<T>> with = options.at(t * s.batch + b, j, n);
+    Vec<T> g[4];
+    for (int q = 0; q < 4; ++q) {
+      g[q] = load_lanes(gates + q * s.hidden, n) + load(sums + q * kWidth) + load(bias + q * s.hidden + j);
+    }
+    const Vec<T> now = Variant::forward(g, load(c + b * c_row + j), with);
+    finish_variant(step, t, b, j, n, now, Variant::output(g, now, now, with), with);
+    if (!saves_gates()) return;
+    for (int q = 0; q < 4; ++q) store_lanes(gates + q * s.hidden, g[q], n);
+  }
+  FASTNETS_INLINE void finish_variant(int64_t step, int64_t t, int64_t b, int64_t j, int n, Vec<T> now, Vec<T> h,
+                                      const LstmOptions<Vec<T>>& with) {
+    keep_cell(t, b, j, n, Variant::hold(with.hold, load(c + b * c_row + j), now));
+    if (p.w_hr == nullptr) {
+      emit(step, t, b, j, n, held(step, t, b, j, n, h));
+    } else {
+      store(unprojected + b * c_row + j, h);
+    }
+  }
+
+  // With layer norm: a row of the batch from the products on. Gates as laid out by gate_layout.
+  void norm_row(int64_t step, int64_t t, int64_t b, T* gates) {
+    const int64_t row = t * s.batch + b, count = 4 * s.hidden;
+    const T *from_x = gates + count, *from_h = gates + layout.recurrent, *of_c = options.norm + 2 * count;
+    const Moments<T> of_x = moments(from_x, count), of_h = moments(from_h, count);
+    T* state = made + b * c_row;
+    for (int64_t j = 0; j < s.hidden; j += kWidth) {
+      const int n = static_cast<int>(at_most(kWidth, s.hidden - j));
+      Vec<T> g[4];
+      for (int q = 0; q < 4; ++q) {
+        const int64_t at = q * s.hidden + j;
+        g[q] = load(options.norm + at) * of_x.normalise(load_lanes(from_x + at, n)) +
+               load(options.norm + count + at) * of_h.normalise(load_lanes(from_h + at, n)) + load(bias + count + at) +
+               load(bias + layout.recurrent + at);
+      }
+      store(state + j, Variant::forward(g, load(c + b * c_row + j), options.at(row, j, n)));
+      for (int q = 0; q < 4; ++q) store_lanes(gates + q * s.hidden + j, g[q], n);
+    }
+    const Moments<T> of_state = moments(state, s.hidden);
+    for (int64_t j = 0; j < s.hidden; j += kWidth) {
+      const int n = static_cast<int>(at_most(kWidth, s.hidden - j));
+      const LstmOptions<Vec<T>> with = options.at(row, j, n);
+      Vec<T> g[4] = {};
+      g[3] = load_lanes(gates + 3 * s.hidden + j, n);
+      const Vec<T> now = load(state + j);
+      const Vec<T> seen = load(of_c + j) * of_state.normalise(now) + load(of_c + s.hidden + j);
+      finish_variant(step, t, b, j, n, now, Variant::output(g, now, seen, with), with);
+      store_lanes(gates + 3 * s.hidden + j, g[3], n);
     }
   }
 

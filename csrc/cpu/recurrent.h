@@ -1,6 +1,8 @@
 // What the recurrent kernels share: memory, packed weights, the product of one step, and how steps go over threads.
 #pragma once
 
+#include <cmath>
+
 #include "../cells.h"
 #include "few_rows.h"
 
@@ -20,6 +22,12 @@ struct Simd {
   static FASTNETS_INLINE Vector tanh(Vector x) { return FASTNETS_ISA::tanh<T>(x); }
   static FASTNETS_INLINE Vector positive(Vector x, Vector y) {  // y where x > 0 (NaN stays), else 0
     return select<T>(x <= Vector{}, Vector{}, y);
+  }
+  static FASTNETS_INLINE Vector clamp(Vector x, Vector most) {  // NaN stays
+    return select<T>(x > most, most, select<T>(x < -most, -most, x));
+  }
+  static FASTNETS_INLINE Vector unless_beyond(Vector x, Vector most, Vector y) {  // y where |x| <= most, else 0
+    return select<T>(absolute<T>(x) > most, Vector{}, y);
   }
 };
 
@@ -63,6 +71,16 @@ struct Arena {
   }
 };
 
+// Places what a pass needs, whose place(arena) must take the same whether there is a block or not.
+template <class Pass>
+void place_in_scratch(Pass& pass) {
+  Arena count;
+  pass.place(count);
+  Arena arena{static_cast<char*>(scratch(0, count.used))};
+  pass.place(arena);
+  if (arena.used != count.used) __builtin_trap();
+}
+
 // Where each sequence begins and ends. Rows that run at time t are those with t < length.
 struct Rows {
   const RecurrentShape* shape;
@@ -92,6 +110,96 @@ struct Rows {
   int64_t first_time(int64_t b) const { return shape->reverse ? length_of(b) - 1 : 0; }
   int64_t last_time(int64_t b) const { return shape->reverse ? 0 : length_of(b) - 1; }
 };
+
+// ---- an lstm's variants ----------------------------------------------------------------------------------------
+
+template <class T>
+FASTNETS_INLINE Vec<T> load_mask(const uint8_t* p, int n) {
+  typedef uint8_t Bytes __attribute__((vector_size(kLanes<T>)));
+  Bytes bytes{};
+  std::memcpy(&bytes, p, static_cast<size_t>(n));
+  return __builtin_convertvector(bytes, Vec<T>);
+}
+
+// The options, their parameters in the type that arithmetic runs in.
+template <class T>
+struct Options {
+  const RecurrentShape& s;
+  const LstmVariant& v = s.variant;
+  const bool holds_h = v.hold_h != nullptr || v.zoneout_h != 0;
+  T *peephole = nullptr, *norm = nullptr;  // [3 H], [10 H]
+
+  void place(Arena& arena) {  // whole vectors are read, also of the last units
+    if (v.peephole != nullptr) peephole = arena.take<T>(3 * s.hidden + kLanes<T>);
+    if (v.norm != nullptr) norm = arena.take<T>(10 * s.hidden + kLanes<T>);
+  }
+  template <class S>
+  void fill() {
+    if (v.peephole != nullptr) convert_row(static_cast<const S*>(v.peephole), 3 * s.hidden, peephole);
+    if (v.norm != nullptr) convert_row(static_cast<const S*>(v.norm), 10 * s.hidden, norm);
+  }
+
+  // Of n units from j on in row t * B + b.
+  FASTNETS_INLINE LstmOptions<Vec<T>> at(int64_t row, int64_t j, int n) const {
+    LstmOptions<Vec<T>> with;
+    for (int q = 0; q < 3; ++q) with.peephole[q] = peephole == nullptr ? Vec<T>{} : load(peephole + q * s.hidden + j);
+    const Vec<T> scale = broadcast<T>(static_cast<T>(v.keep_scale));
+    with.keep = v.keep_g == nullptr ? scale : scale * load_mask<T>(v.keep_g + row * s.hidden + j, n);
+    with.hold = share(v.hold_c, v.zoneout_c, row * s.hidden + j, n);
+    with.clip = broadcast<T>(static_cast<T>(v.clip));
+    return with;
+  }
+  // How much of h stays.
+  FASTNETS_INLINE Vec<T> hold_h(int64_t row, int64_t j, int n) const {
+    return share(v.hold_h, v.zoneout_h, row * s.output + j, n);
+  }
+
+ private:
+  static FASTNETS_INLINE Vec<T> share(const uint8_t* mask, double rate, int64_t at, int n) {
+    return mask == nullptr ? broadcast<T>(static_cast<T>(rate)) : load_mask<T>(mask + at, n);
+  }
+};
+
+template <class T>
+struct Moments {
+  T mean, scale;  // scale: one over the standard deviation
+  FASTNETS_INLINE Vec<T> normalise(Vec<T> x) const { return (x - mean) * scale; }
+};
+
+// The sum over a row of what value(j, n) gives for the n elements from j on.
+template <class T, class Value>
+FASTNETS_INLINE T row_sum(int64_t count, const Value& value) {
+  Vec<T> sum{};
+  for (int64_t j = 0; j < count; j += kLanes<T>) {
+    const int n = static_cast<int>(at_most(kLanes<T>, count - j));
+    sum += keep_first<T>(value(j, n), n, T(0));
+  }
+  return reduce_add<T>(sum);
+}
+
+template <class T>
+Moments<T> moments(const T* x, int64_t count) {
+  const T mean = row_sum<T>(count, [&](int64_t j, int n) { return load_lanes(x + j, n); }) / static_cast<T>(count);
+  const T squares = row_sum<T>(count, [&](int64_t j, int n) {
+    const Vec<T> deviation = load_lanes(x + j, n) - mean;
+    return deviation * deviation;
+  });
+  return {mean, T(1) / std::sqrt(squares / static_cast<T>(count) + static_cast<T>(kNormEpsilon))};
+}
+
+// The gradient of the row x, from that of gain * normalise(x).
+template <class T>
+void norm_backward(const T* grad, const T* gain, const T* x, Moments<T> of, int64_t count, T* to) {
+  const auto scaled = [&](int64_t j, int n) { return load_lanes(grad + j, n) * load(gain + j); };
+  const auto normalised = [&](int64_t j, int n) { return of.normalise(load_lanes(x + j, n)); };
+  const T mean = row_sum<T>(count, scaled) / static_cast<T>(count);
+  const T along =
+      row_sum<T>(count, [&](int64_t j, int n) { return scaled(j, n) * normalised(j, n); }) / static_cast<T>(count);
+  for (int64_t j = 0; j < count; j += kLanes<T>) {
+    const int n = static_cast<int>(at_most(kLanes<T>, count - j));
+    store_lanes(to + j, (scaled(j, n) - mean - normalised(j, n) * along) * of.scale, n);
+  }
+}
 
 // ---- the product of one step: a few rows against weights that were packed once a sequence ----------------------
 
@@ -285,7 +393,9 @@ struct GateLayout {
   InputBlock blocks[2];
   int block_count;
 };
-inline GateLayout gate_layout(Cell cell, int64_t hidden) {
+inline GateLayout gate_layout(Cell cell, int64_t hidden, bool normed) {
+  // With layer norm the gates, whose columns come first, and the products that they are made of are apart.
+  if (normed) return {4, 12 * hidden, 8 * hidden, 4 * hidden, {{0, 4 * hidden, 4 * hidden}}, 1};
   switch (cell) {
     case Cell::kLstm: return {4, 4 * hidden, 0, 4 * hidden, {{0, 0, 4 * hidden}}, 1};
     case Cell::kGru: return {3, 4 * hidden, hidden, 3 * hidden, {{0, hidden, 2 * hidden}, {2 * hidden, 0, hidden}}, 2};

@@ -10,18 +10,21 @@ namespace {
 template <class S>
 struct Backward {
   using T = Compute<S>;
+  using Variant = LstmVariantCell<Simd<T>>;
   static constexpr int kWidth = kLanes<T>;
   static constexpr bool kSame = std::is_same_v<S, T>;
 
   const RecurrentBackward& p;
   const RecurrentShape& s = p.shape;
-  const GateLayout layout = gate_layout(s.cell, s.hidden);
+  const bool normed = s.variant.norm != nullptr;
+  const GateLayout layout = gate_layout(s.cell, s.hidden, normed);
   const bool projects = p.w_hr != nullptr, wants_weights = p.grad_w_ih != nullptr;
   const int64_t h_row = round_up(s.output, kWidth), c_row = round_up(s.hidden, kWidth);
   const int64_t chunk = chunk_steps(s);
   const bool once = reads_weights_once(s);
   Rows rows{};
   Panels<T> recurrent{}, projection{};
+  Options<T> options{s};
   T* carried;      // [B, h_row]: the gradient of h that reaches the next step to come other than through its gates
   T* grad_c;       // [B, c_row]
   T* c0;           // [B, H]
@@ -32,6 +35,10 @@ struct Backward {
   T* unprojected;  // [chunk, B, H], likewise
   T* products;     // [B, P], with `once`: of the gates' gradients with w_hh
   T* bias;         // [columns]
+  // Of a variant: the new cell states, what they are normalised to, the gradient of what tanh saw of them, [chunk, B,
+  // H] each; a row's gradient of h and of its new state [B, c_row]; sums [3 H] and [10 H].
+  T *made, *normalised, *grad_seen, *grad_out, *grad_made, *sum_peephole, *sum_norm;
+  Moments<T>* of_products;  // [chunk, B, 2], of those with x and with h
   bool has_grad_w_hh = false;
   T *grad_x, *grad_w_ih, *grad_w_hh, *grad_w_hr;  // the results, or where they are summed up before their rounding
 
@@ -53,6 +60,15 @@ struct Backward {
     unprojected = arena.take<T>(projects ? most * s.hidden : 0);
     products = arena.take<T>(once ? s.batch * s.output : 0);
     bias = arena.take<T>(layout.columns);
+    options.place(arena);
+    made = arena.take<T>(s.is_variant ? most * s.hidden : 0);
+    normalised = arena.take<T>(normed ? most * s.hidden : 0);
+    grad_seen = arena.take<T>(normed ? most * s.hidden : 0);
+    grad_out = arena.take<T>(normed ? s.batch * c_row : 0);
+    grad_made = arena.take<T>(normed ? s.batch * c_row : 0);
+    sum_peephole = arena.take<T>(s.variant.peephole == nullptr ? 0 : 3 * s.hidden);
+    sum_norm = arena.take<T>(normed ? 10 * s.hidden : 0);
+    of_products = arena.take<Moments<T>>(normed ? 2 * most : 0);
     const int64_t recurrents = layout.recurrents;
     grad_x = in_place_or(p.grad_x, most * s.input, arena);
     grad_w_ih = in_place_or(p.grad_w_ih, recurrents * s.input, arena);
@@ -65,10 +81,7 @@ struct Backward {
   }
 
   void run() {
-    Arena count;
-    place(count);
-    Arena arena{static_cast<char*>(scratch(0, count.used))};
-    place(arena);
+    place_in_scratch(*this);
     rows.fill();
     prepare();
     for (int64_t done = 0; done < s.steps; done += chunk) run_chunk(done, at_most(done + chunk, s.steps));
@@ -79,6 +92,7 @@ struct Backward {
   void prepare() {
     if (!once) recurrent.pack(static_cast<const S*>(p.w_hh));
     if (projects) projection.pack(static_cast<const S*>(p.w_hr));
+    options.template fill<S>();
     load_state(p.grad_h, s.output, carried, h_row);
     if (s.cell == Cell::kLstm) {
       load_state(p.grad_c, s.hidden, grad_c, c_row);
@@ -87,6 +101,8 @@ struct Backward {
     std::memset(at_start, 0, s.batch * layout.columns * sizeof(T));
     if (!wants_weights) return;
     std::memset(bias, 0, layout.columns * sizeof(T));
+    if (options.peephole != nullptr) std::memset(sum_peephole, 0, 3 * s.hidden * sizeof(T));
+    if (normed) std::memset(sum_norm, 0, 10 * s.hidden * sizeof(T));
     if (s.steps > 0) return;  // the first products overwrite what is there
     std::memset(grad_w_ih, 0, layout.recurrents * s.input * sizeof(T));
     if (projects) std::memset(grad_w_hr, 0, s.output * s.hidden * sizeof(T));
@@ -108,7 +124,13 @@ struct Backward {
     const int64_t low = s.reverse ? time(begin) : time(end - 1), high = low + end - begin;
     clear_rows_that_rest(low, high);
     switch (s.cell) {
-      case Cell::kLstm: run_cells(begin, end, low, [&](auto... at) { lstm(at...); }); break;
+      case Cell::kLstm:
+        if (s.is_variant) {
+          run_variant(begin, end, low);
+        } else {
+          run_cells(begin, end, low, [&](auto... at) { lstm(at...); });
+        }
+        break;
       case Cell::kGru: run_cells(begin, end, low, [&](auto... at) { gru(at...); }); break;
       case Cell::kRnnTanh: run_cells(begin, end, low, [&](auto... at) { rnn<TanhCell<Simd<T>>>(at...); }); break;
       case Cell::kRnnRelu: run_cells(begin, end, low, [&](auto... at) { rnn<ReluCell<Simd<T>>>(at...); }); break;
@@ -148,9 +170,24 @@ struct Backward {
     return (done == begin ? edge : gates_of(time(done - 1), 0, low)) + layout.recurrent;
   }
 
-  // cell(t, row, unit, units, gradient of h before the projection, gradients of the row's gates).
-  template <class Cells>
-  FASTNETS_INLINE void run_cells(int64_t begin, int64_t end, int64_t low, const Cells& cell) {
+  void run_variant(int64_t begin, int64_t end, int64_t low) {
+    if (!normed) return run_cells(begin, end, low, [&](auto... at) { variant(at...); });
+    const auto keep = [&](int64_t, int64_t, int64_t b, int64_t j, int, Vec<T> grad, T*) {
+      store(grad_out + b * c_row + j, grad);
+    };
+    const Stage rest{1, [&](int64_t done, int64_t row, int64_t past, int64_t, int64_t) {
+                       const int64_t t = time(done);
+                       for (int64_t b = row; b < at_most(past, rows.running_at(t)); ++b) {
+                         if (rows.runs(t, b)) norm_row(t, low, b);
+                       }
+                     }};
+    run_cells(begin, end, low, keep, rest);
+  }
+
+  // cell(t, low, row, unit, units, gradient of h before the projection, gradients of the row's gates); `more` follow
+  // within a step.
+  template <class Cells, class... More>
+  FASTNETS_INLINE void run_cells(int64_t begin, int64_t end, int64_t low, const Cells& cell, const More&... more) {
     const Stage carry{
         recurrent.count(), [&](int64_t done, int64_t row, int64_t past, int64_t panel, int64_t last) {
           const int64_t t = time(done), j0 = recurrent.units_of_panel();
@@ -169,7 +206,12 @@ struct Backward {
                 if (p.grad_y != nullptr) {
                   grad += load_lanes(static_cast<const S*>(p.grad_y) + (t * s.batch + b) * s.output + j, n);
                 }
-                store(rest, Vec<T>{});
+                Vec<T> stays{};
+                if (options.holds_h) {
+                  stays = options.hold_h(t * s.batch + b, j, n) * grad;
+                  grad -= stays;
+                }
+                store(rest, stays);
                 if (projects) {
                   store_lanes(grad_h + ((t - low) * s.batch + b) * s.output + j, grad, n);
                 } else {
@@ -181,7 +223,7 @@ struct Backward {
           multiply_panels(recurrent, former_gates(done, begin, low), layout.columns, row, past, panel, last, finish);
         }};
     const int64_t weights = recurrent.depth * recurrent.units;
-    if (!projects) return run_steps(begin, end, s.batch, weights, carry);
+    if (!projects) return run_steps(begin, end, s.batch, weights, carry, more...);
     const Stage gates{projection.count(), [&](int64_t done, int64_t row, int64_t past, int64_t panel, int64_t last) {
                         const int64_t t = time(done), j0 = projection.units_of_panel();
                         const auto finish = [&](int64_t at, int64_t first, int64_t end_row, const T* sums) {
@@ -197,7 +239,7 @@ struct Backward {
                         const T* grad = grad_h + (t - low) * s.batch * s.output;
                         multiply_panels(projection, grad, s.output, row, past, panel, last, finish);
                       }};
-    run_steps(begin, end, s.batch, weights + s.hidden * s.output, carry, gates);
+    run_steps(begin, end, s.batch, weights + s.hidden * s.output, carry, gates, more...);
   }
 
   const T* saved_gates(int64_t t, int64_t b) const {
@@ -210,6 +252,10 @@ struct Backward {
     return all + ((s.reverse ? t + 1 : t - 1) * s.batch + b) * columns;
   }
 
+  FASTNETS_INLINE Vec<T> state_before(int64_t t, int64_t b, int64_t j, int n) const {
+    return load_lanes(before(static_cast<const T*>(p.cells), c0, t, b, s.hidden) + j, n);
+  }
+
   FASTNETS_INLINE void lstm(int64_t t, int64_t low, int64_t b, int64_t j, int n, Vec<T> grad, T* to) {
     const T *saved = saved_gates(t, b) + j, *cells = static_cast<const T*>(p.cells);
     Vec<T> g[4];
@@ -220,9 +266,70 @@ struct Backward {
     }
     T* state = grad_c + b * c_row + j;
     Vec<T> total = load(state);
-    LstmCell<Simd<T>>::backward(g, load_lanes(before(cells, c0, t, b, s.hidden) + j, n), c, grad, total);
+    LstmCell<Simd<T>>::backward(g, state_before(t, b, j, n), c, grad, total);
     store(state, total);
     for (int q = 0; q < 4; ++q) store_lanes(to + q * s.hidden, g[q], n);
+  }
+
+  FASTNETS_INLINE void variant(int64_t t, int64_t low, int64_t b, int64_t j, int n, Vec<T> grad, T* to) {
+    const T* saved = saved_gates(t, b) + j;
+    const int64_t row = (t - low) * s.batch + b;
+    const LstmOptions<Vec<T>> with = options.at(t * s.batch + b, j, n);
+    const Vec<T> c_before = state_before(t, b, j, n);
+    Vec<T> g[4];
+    for (int q = 0; q < 4; ++q) g[q] = load_lanes(saved + q * s.hidden, n);
+    const Vec<T> now = Variant::made(g, c_before, with);
+    store_lanes(made + row * s.hidden + j, now, n);
+    if (projects) store_lanes(unprojected + row * s.hidden + j, LstmCell<Simd<T>>::output(g, now), n);
+    T* state = grad_c + b * c_row + j;
+    Vec<T> total = load(state);
+    const Vec<T> of_now = Variant::backward_output(g, now, grad);
+    Variant::backward(g, c_before, of_now, total, with);
+    store(state, total);
+    for (int q = 0; q < 4; ++q) store_lanes(to + q * s.hidden, g[q], n);
+  }
+
+  // With layer norm: a row of the batch, from the gradient of h on.
+  void norm_row(int64_t t, int64_t low, int64_t b) {
+    const int64_t row = (t - low) * s.batch + b, count = 4 * s.hidden;
+    const T *saved = saved_gates(t, b), *of_c = options.norm + 2 * count;
+    T *to = gates_of(t, b, low), *states = made + row * s.hidden, *of_states = grad_made + b * c_row;
+    const auto units = [&](const auto& body) {
+      for (int64_t j = 0; j < s.hidden; j += kWidth) {
+        const int n = static_cast<int>(at_most(kWidth, s.hidden - j));
+        Vec<T> g[4];
+        for (int q = 0; q < 4; ++q) g[q] = load_lanes(saved + q * s.hidden + j, n);
+        body(j, n, g, options.at(t * s.batch + b, j, n));
+      }
+    };
+    units([&](int64_t j, int n, auto& g, const auto& with) {
+      store_lanes(states + j, Variant::made(g, state_before(t, b, j, n), with), n);
+    });
+    const Moments<T> of_state = moments(states, s.hidden);
+    units([&](int64_t j, int n, auto& g, const auto&) {
+      const Vec<T> unit = of_state.normalise(load_lanes(states + j, n));
+      const Vec<T> seen = load(of_c + j) * unit + load(of_c + s.hidden + j);
+      if (projects) store_lanes(unprojected + row * s.hidden + j, LstmCell<Simd<T>>::output(g, seen), n);
+      store_lanes(normalised + row * s.hidden + j, unit, n);
+      const Vec<T> of_seen = Variant::backward_output(g, seen, load(grad_out + b * c_row + j));
+      store_lanes(grad_seen + row * s.hidden + j, of_seen, n);
+      store_lanes(to + 3 * s.hidden + j, g[3], n);
+    });
+    norm_backward(grad_seen + row * s.hidden, of_c, states, of_state, s.hidden, of_states);
+    units([&](int64_t j, int n, auto& g, const auto& with) {
+      g[3] = load_lanes(to + 3 * s.hidden + j, n);
+      T* state = grad_c + b * c_row + j;
+      Vec<T> total = load(state);
+      Variant::backward(g, state_before(t, b, j, n), load_lanes(of_states + j, n), total, with);
+      store(state, total);
+      for (int q = 0; q < 3; ++q) store_lanes(to + q * s.hidden + j, g[q], n);
+    });
+    for (int i = 0; i < 2; ++i) {
+      const T* product = saved + (i + 1) * count;
+      const Moments<T> of = moments(product, count);
+      norm_backward(to, options.norm + i * count, product, of, count, to + (i + 1) * count);
+      of_products[2 * row + i] = of;
+    }
   }
 
   FASTNETS_INLINE void gru(int64_t t, int64_t, int64_t b, int64_t j, int n, Vec<T> grad, T* to) {
@@ -280,21 +387,68 @@ struct Backward {
       gemm<T>(s.output, s.hidden, count, View<T>{grad_h, 1, s.output}, View<T>{unprojected, s.hidden, 1}, grad_w_hr,
               s.hidden, accumulate);
     }
-    add_to_bias(count);
+    const int64_t biases = normed ? 4 * s.hidden : layout.columns;
+    add_rows(count, biases, bias, [&](int64_t row, int64_t j, int n) { return of_gate(row, j, n); });
+    if (options.peephole != nullptr) grad_of_peephole(low, count);
+    if (normed) grad_of_norm(low, count);
   }
 
-  // In blocks of rows, so that rounding errors grow with the number of blocks and not with that of rows.
-  void add_to_bias(int64_t count) {
+  FASTNETS_INLINE Vec<T> of_gate(int64_t row, int64_t column, int n) const {
+    return load_lanes(grad_gates + row * layout.columns + column, n);
+  }
+
+  // Adds value(row, j, n), n elements from column j on, of all rows. In blocks of rows, so that rounding errors grow
+  // with the number of blocks and not with that of rows.
+  template <class Value>
+  FASTNETS_INLINE void add_rows(int64_t count, int64_t columns, T* to, const Value& value) {
     constexpr int64_t block = 32;
     for (int64_t row = 0; row < count; row += block) {
       const int64_t past = at_most(row + block, count);
-      for (int64_t j = 0; j < layout.columns; j += kWidth) {
-        const int n = static_cast<int>(at_most(kWidth, layout.columns - j));
+      for (int64_t j = 0; j < columns; j += kWidth) {
+        const int n = static_cast<int>(at_most(kWidth, columns - j));
         Vec<T> sum{};
-        for (int64_t r = row; r < past; ++r) sum += load_lanes(grad_gates + r * layout.columns + j, n);
-        store_lanes(bias + j, load_lanes(bias + j, n) + sum, n);
+        for (int64_t r = row; r < past; ++r) sum += value(r, j, n);
+        store_lanes(to + j, load_lanes(to + j, n) + sum, n);
       }
     }
+  }
+  // Likewise of those rows that run, whose times begin with `low`: value(t, b, row, j, n).
+  template <class Value>
+  FASTNETS_INLINE void add_running(int64_t low, int64_t count, int64_t columns, T* to, const Value& value) {
+    add_rows(count, columns, to, [&](int64_t row, int64_t j, int n) {
+      const int64_t t = low + row / s.batch, b = row % s.batch;
+      return rows.runs(t, b) ? value(t, b, row, j, n) : Vec<T>{};
+    });
+  }
+
+  void grad_of_peephole(int64_t low, int64_t count) {
+    for (int q = 0; q < 2; ++q) {  // of i and f
+      add_running(low, count, s.hidden, sum_peephole + q * s.hidden,
+                  [&](int64_t t, int64_t b, int64_t row, int64_t j, int n) {
+                    return of_gate(row, q * s.hidden + j, n) * state_before(t, b, j, n);
+                  });
+    }
+    add_running(low, count, s.hidden, sum_peephole + 2 * s.hidden,
+                [&](int64_t, int64_t, int64_t row, int64_t j, int n) {
+                  return of_gate(row, 3 * s.hidden + j, n) * load_lanes(made + row * s.hidden + j, n);
+                });
+  }
+
+  void grad_of_norm(int64_t low, int64_t count) {
+    const int64_t gates = 4 * s.hidden;
+    for (int i = 0; i < 2; ++i) {  // of the products with x and with h
+      add_running(low, count, gates, sum_norm + i * gates, [&](int64_t t, int64_t b, int64_t row, int64_t j, int n) {
+        const Vec<T> product = load_lanes(saved_gates(t, b) + (i + 1) * gates + j, n);
+        return of_gate(row, j, n) * of_products[2 * row + i].normalise(product);
+      });
+    }
+    const auto seen = [&](int64_t row, int64_t j, int n) { return load_lanes(grad_seen + row * s.hidden + j, n); };
+    T* of_c = sum_norm + 2 * gates;
+    add_running(low, count, s.hidden, of_c, [&](int64_t, int64_t, int64_t row, int64_t j, int n) {
+      return seen(row, j, n) * load_lanes(normalised + row * s.hidden + j, n);
+    });
+    add_running(low, count, s.hidden, of_c + s.hidden,
+                [&](int64_t, int64_t, int64_t row, int64_t j, int n) { return seen(row, j, n); });
   }
 
   // The gradients of the first states: one more product.
@@ -328,9 +482,12 @@ struct Backward {
             View<S>{static_cast<const S*>(p.h0), s.output, 1}, grad_w_hh, s.output, has_grad_w_hh);
     for (int i = 0; i < layout.block_count; ++i) {
       const InputBlock& block = layout.blocks[i];
-      convert_back(bias + block.gate, block.count, static_cast<S*>(p.grad_b_ih) + block.weight);
+      const int64_t gate = normed ? block.weight : block.gate;
+      convert_back(bias + gate, block.count, static_cast<S*>(p.grad_b_ih) + block.weight);
     }
-    convert_back(bias + layout.recurrent, layout.recurrents, static_cast<S*>(p.grad_b_hh));
+    convert_back(bias + (normed ? 0 : layout.recurrent), layout.recurrents, static_cast<S*>(p.grad_b_hh));
+    if (options.peephole != nullptr) convert_back(sum_peephole, 3 * s.hidden, static_cast<S*>(p.grad_peephole));
+    if (normed) convert_back(sum_norm, 10 * s.hidden, static_cast<S*>(p.grad_norm));
     if constexpr (!kSame) {
       convert_back(grad_w_ih, layout.recurrents * s.input, static_cast<S*>(p.grad_w_ih));
       convert_back(grad_w_hh, layout.recurrents * s.output, static_cast<S*>(p.grad_w_hh));

@@ -13,12 +13,17 @@ struct Cpu {
       if (needed) to = grad.data_ptr();
       return grad;
     };
+    const auto parameter = [&](const OptionalTensor& of, void*& to) {
+      return gradient(of ? *of : o.x, of && need_weights, to);
+    };
     RecurrentGradients of{.x = gradient(o.x, need_x, p.grad_x),
                           .w_ih = gradient(o.w_ih, need_weights, p.grad_w_ih),
                           .w_hh = gradient(o.w_hh, need_weights, p.grad_w_hh),
                           .b_ih = new_empty(o.x, {need_weights ? o.w_hh.size(0) : 0}),
                           .b_hh = new_empty(o.x, {need_weights ? o.w_hh.size(0) : 0}),
-                          .w_hr = gradient(o.w_hr ? *o.w_hr : o.x, o.w_hr && need_weights, p.grad_w_hr)};
+                          .w_hr = parameter(o.w_hr, p.grad_w_hr),
+                          .peephole = parameter(o.variant.peephole, p.grad_peephole),
+                          .norm = parameter(o.variant.norm, p.grad_norm)};
     p.grad_b_ih = of.b_ih.data_ptr(), p.grad_b_hh = of.b_hh.data_ptr();
     kernels().recurrent_backward(p);
     return of;

@@ -53,6 +53,7 @@ Tensor column_sums(const Tensor& x) {
 struct Gpu {
   static void forward(const RecurrentForward& params, const RecurrentOperands& o) {
     const RecurrentShape& s = params.shape;
+    STD_TORCH_CHECK(!s.is_variant, "the CUDA kernels run the plain lstm");
     if (s.batch == 0) return;
     STD_TORCH_CHECK(s.steps < (int64_t{1} << 32), "x has too many steps");
     const Queue queue(o.x);
@@ -77,6 +78,7 @@ struct Gpu {
   static RecurrentGradients backward(const RecurrentBackward& params, const RecurrentOperands& o, const Tensor& y,
                                      bool need_x, bool need_weights) {
     const RecurrentShape& s = params.shape;
+    STD_TORCH_CHECK(!s.is_variant, "the CUDA kernels run the plain lstm");
     const int64_t rows = s.steps * s.batch, gates = o.w_hh.size(0);
     const bool gru = s.cell == Cell::kGru;
     const Queue queue(o.x);
@@ -107,7 +109,7 @@ struct Gpu {
       cuda::recurrent_backward(p, queue.stream());
     }
     const Tensor none = new_empty(o.x, {0});
-    RecurrentGradients of{none, none, none, none, none, none};
+    RecurrentGradients of{none, none, none, none, none, none, none, none};
     if (need_x) {
       of.x = torch::stable::view(torch::stable::matmul(grad_inputs, o.w_ih), {s.steps, s.batch, s.input});
     }

@@ -26,11 +26,14 @@ class Rnn(nn.Module):
 
 
 class LstmClassifier(nn.Module):
-    """Letter ids [B, T] -> scores of the languages [B, 8], from the last step of two LSTM layers."""
+    """Letter ids [B, T] -> scores of the languages [B, 8], from the last step of two LSTM layers.
 
-    def __init__(self, layers, hidden: int = 128):
+    `options` are of the LSTM; with fastnets' layers those that torch's lacks, too.
+    """
+
+    def __init__(self, layers, hidden: int = 128, **options):
         super().__init__()
-        self.lstm = layers.LSTM(len(LETTERS), hidden, 2, batch_first=True)
+        self.lstm = layers.LSTM(len(LETTERS), hidden, 2, batch_first=True, **options)
         self.head = nn.Linear(hidden, len(LANGUAGES))
 
     def forward(self, letters: Tensor) -> Tensor:

@@ -1,16 +1,20 @@
 """torch.nn's recurrent layers and cells on our kernels.
 
-The classes hold no state of their own: `module.__class__ = fastnets.nn.LSTM` converts an instance in place.
+The classes hold no state of their own: `module.__class__ = fastnets.nn.LSTM` converts an instance in place. What an
+LSTM's options need beyond torch's parameters is there only where they are in use.
 """
 
 import itertools
+import math
 
 import torch
 from torch import Tensor
 from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 
+from ..ops._checks import expect
 from ..ops.recurrent import recurrent, recurrent_step
+from ..reference.recurrent import PLAIN, Variant
 from . import _dynamo
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
@@ -19,10 +23,164 @@ _dynamo.allow_recurrent_modules()
 
 
 class LSTM(torch.nn.LSTM):
-    """torch.nn.LSTM, drop-in: the same constructor, state_dict, initial values, arguments, results and errors."""
+    """torch.nn.LSTM, drop-in: the same constructor, state_dict, initial values, arguments, results and errors.
+
+    Besides torch's arguments it takes, by keyword alone, options that change the cell, in any combination and with all
+    of torch's own (layers, directions, proj_size, packed sequences). docs/lstm.md has the formulas.
+
+    Args:
+        layer_norm: normalises W_ih x, W_hh h and, on its way to h, the cell state (Ba, Kiros and Hinton, "Layer
+            normalization", 2016, equations 20 to 22). Parameters: gain_ih_l0 and gain_hh_l0 [4 H] and gain_c_l0 [H],
+            initially 1, and, with bias, bias_c_l0 [H], 0.
+        peephole: the gates see the cell state, i and f the former one, o the new one (Gers and Schmidhuber, "Recurrent
+            nets that time and count", 2000). Parameter: weight_peephole_l0 [3 H], for i, f and o, initially as
+            torch's.
+        zoneout_h, zoneout_c: while training, the probability that a unit of h or c stays as it was before the step;
+            in evaluation the expectation of that (Krueger et al., "Zoneout", 2016).
+        recurrent_dropout: while training, the probability that a candidate g is zeroed in a step; the others grow by
+            1 / (1 - p) (Semeniuta, Severyn and Barth, "Recurrent dropout without memory loss", 2016).
+        cell_clip: the largest magnitude of a new cell state, as TensorFlow's LSTMCell has it; None: any.
+        forget_bias: initial value of the forget gate's bias, both of torch's together (Jozefowicz, Zaremba and
+            Sutskever, "An empirical exploration of recurrent network architectures", 2015, recommend 1); None:
+            torch's random one.
+
+    The random masks come from torch's generator, one for every layer, direction and step, of the padded rectangle where
+    the input is packed.
+
+    Raises:
+        ValueError, TypeError: naming the option.
+    """
+
+    layer_norm: bool = False
+    peephole: bool = False
+    zoneout_h: float = 0.0
+    zoneout_c: float = 0.0
+    recurrent_dropout: float = 0.0
+    cell_clip: float | None = None
+    forget_bias: float | None = None
+
+    def __init__(
+        self,
+        *args,
+        layer_norm: bool = False,
+        peephole: bool = False,
+        zoneout_h: float = 0.0,
+        zoneout_c: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        cell_clip: float | None = None,
+        forget_bias: float | None = None,
+        **kwargs,
+    ):
+        super().__init__(*args, **kwargs)
+        given = {
+            **{"layer_norm": layer_norm, "peephole": peephole, "zoneout_h": zoneout_h, "zoneout_c": zoneout_c},
+            **{"recurrent_dropout": recurrent_dropout, "cell_clip": cell_clip, "forget_bias": forget_bias},
+        }
+        for name, value in given.items():
+            if value != getattr(LSTM, name):
+                setattr(self, name, value)
+        if self.options:
+            _check_options(self)
+            for name, (units, _) in _OPTION_PARAMETERS.items():
+                for suffix in _suffixes(self) if _has(self, name) else ():
+                    like = getattr(self, f"weight_ih{suffix}")
+                    parameter = torch.nn.Parameter(like.new_empty(units * self.hidden_size))
+                    torch.nn.init.uniform_(parameter, -(self.hidden_size**-0.5), self.hidden_size**-0.5)
+                    self.register_parameter(name + suffix, parameter)
+            self._reset_options()
+
+    @property
+    def options(self) -> dict[str, bool | float]:
+        """The options in use, which torch's LSTM lacks, by name."""
+        return {name: value for name in _OPTIONS if (value := getattr(self, name)) != getattr(LSTM, name)}
+
+    def extra_repr(self) -> str:
+        return ", ".join([super().extra_repr(), *(f"{name}={value}" for name, value in self.options.items())])
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.options:
+            self._reset_options()
+
+    @torch.no_grad()
+    def _reset_options(self) -> None:
+        """The initial values that differ from torch's."""
+        for suffix in _suffixes(self):
+            for name, (_, value) in _OPTION_PARAMETERS.items():
+                if value is not None and _has(self, name):
+                    getattr(self, name + suffix).fill_(value)
+            if self.forget_bias is not None:
+                forget = slice(self.hidden_size, 2 * self.hidden_size)
+                getattr(self, f"bias_ih{suffix}")[forget] = self.forget_bias
+                getattr(self, f"bias_hh{suffix}")[forget] = 0.0
 
     def forward(self, input, hx=None):
         return _forward(self, input, hx)
+
+
+_OPTIONS = ("layer_norm", "peephole", "zoneout_h", "zoneout_c", "recurrent_dropout", "cell_clip", "forget_bias")
+# Parameter -> (multiples of the hidden size, initial value; None: random, as torch's own parameters).
+_OPTION_PARAMETERS = {
+    "weight_peephole": (3, None),
+    "gain_ih": (4, 1.0),
+    "gain_hh": (4, 1.0),
+    "gain_c": (1, 1.0),
+    "bias_c": (1, 0.0),
+}
+
+
+def _has(module: LSTM, parameter: str) -> bool:
+    if parameter == "weight_peephole":
+        return module.peephole
+    return module.layer_norm and (module.bias or parameter != "bias_c")
+
+
+def _suffixes(module: torch.nn.RNNBase) -> list[str]:
+    """What ends the names of the parameters of every layer and direction, in order."""
+    directions = ("", "_reverse") if module.bidirectional else ("",)
+    return [f"_l{layer}{direction}" for layer in range(module.num_layers) for direction in directions]
+
+
+def _check_options(module: LSTM) -> None:
+    for name in ("layer_norm", "peephole"):
+        if not isinstance(getattr(module, name), bool):
+            raise TypeError(f"{name}: expected a bool, got {type(getattr(module, name)).__name__}")
+    for name in ("zoneout_h", "zoneout_c", "recurrent_dropout", "cell_clip", "forget_bias"):
+        value = getattr(module, name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    for name in ("zoneout_h", "zoneout_c"):
+        expect(0 <= getattr(module, name) <= 1, name, "a number in [0, 1]", getattr(module, name))
+    expect(0 <= module.recurrent_dropout < 1, "recurrent_dropout", "a number in [0, 1)", module.recurrent_dropout)
+    clip = module.cell_clip
+    expect(clip is None or 0 < clip < math.inf, "cell_clip", "None or a positive number", clip)
+    forget = module.forget_bias
+    expect(forget is None or module.bias, "forget_bias", "None without bias", forget)
+    expect(forget is None or math.isfinite(forget), "forget_bias", "None or a finite number", forget)
+
+
+def _variant(module: LSTM, suffix: str, x: Tensor, outputs: int) -> Variant:
+    """A layer's variant, its random masks drawn for the input x[T, B, I]; `outputs`: the size of h."""
+    norm, clip = None, module.cell_clip or 0.0
+    peephole = getattr(module, f"weight_peephole{suffix}", None)
+    if module.layer_norm:
+        gain_c = getattr(module, f"gain_c{suffix}")
+        bias_c = getattr(module, f"bias_c{suffix}") if module.bias else torch.zeros_like(gain_c)
+        norm = torch.cat((getattr(module, f"gain_ih{suffix}"), getattr(module, f"gain_hh{suffix}"), gain_c, bias_c))
+    if not module.training:
+        return Variant(peephole, norm, zoneout_h=module.zoneout_h, zoneout_c=module.zoneout_c, clip=clip)
+
+    def draw(probability: float, columns: int) -> Tensor | None:
+        shape = (*x.shape[:2], columns)
+        return torch.rand(shape, dtype=torch.float32, device=x.device) < probability if probability > 0 else None
+
+    kept = 1 - module.recurrent_dropout
+    return Variant(
+        *(peephole, norm, draw(kept if kept < 1 else 0.0, module.hidden_size)),
+        *(draw(module.zoneout_h, outputs), draw(module.zoneout_c, module.hidden_size)),
+        keep_scale=1 / kept,
+        clip=clip,
+    )
 
 
 class GRU(torch.nn.GRU):
@@ -116,6 +274,7 @@ def _layers(
     directions = 2 if module.bidirectional else 1
     lengths = None if packing is None else packing.lengths
     last = []
+    options = isinstance(module, LSTM) and bool(module.options)
     for layer in range(module.num_layers):
         outputs = []
         for direction in range(directions):
@@ -132,6 +291,7 @@ def _layers(
                 lengths=lengths,
                 cell=module.mode.lower(),
                 reverse=direction == 1,
+                variant=_variant(module, suffix, x, hx[0].shape[-1]) if options else PLAIN,
             )
             outputs.append(y)
             last.append((h,) if c is None else (h, c))

@@ -1,10 +1,13 @@
 """One recurrent layer in one direction over a whole sequence: validation, autocast, autograd, fake kernels."""
 
+import math
+from itertools import zip_longest
+
 import torch
 from torch import Tensor
 
 from .. import _library, dispatch
-from ..reference.recurrent import CELLS
+from ..reference.recurrent import CELLS, PLAIN, Variant
 from ..reference.recurrent import recurrent as reference
 from . import _autocast, _autograd, _precision
 from ._checks import expect, expect_floating, expect_like, expect_shape, expect_tensor
@@ -14,32 +17,39 @@ GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 
 
 class _Recurrent(_autograd.Call):
-    """Inputs: x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr. Visible outputs: y, h and, for lstm, c."""
+    """Inputs: x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr and a variant's tensors. Visible outputs: y, h and lstm's c."""
 
-    def __init__(self, operators, lengths: Tensor | None, cell: str, reverse: bool, save: bool):
+    def __init__(
+        self, operators, lengths: Tensor | None, cell: str, reverse: bool, rates: tuple[float, ...], save: bool
+    ):
         self.operators, self.lengths, self.cell, self.reverse, self.save = operators, lengths, cell, reverse, save
+        self.rates = rates
         self.tf32 = _precision.rnn_allows_tf32()
         self.visible = 3 if cell == "lstm" else 2
 
     def forward(self, *inputs):
-        inputs = (t if t is None else t.contiguous() for t in inputs)
+        inputs = [t if t is None else t.contiguous() for t in inputs]
+        options = CELLS.index(self.cell), self.reverse, self.tf32, self.save
         y, h, c, gates, cells = self.operators.recurrent_forward(
-            *inputs, self.lengths, CELLS.index(self.cell), self.reverse, self.tf32, self.save
+            *inputs[:8], self.lengths, *options, *inputs[8:], *self.rates
         )
         return (y, h, c, gates, cells) if self.cell == "lstm" else (y, h, gates)
 
     def backward(self, inputs, outputs, grads, needs):
-        x, h0, c0, w_ih, w_hh, _, _, w_hr = (t if t is None else t.contiguous() for t in inputs)
+        inputs = [t if t is None else t.contiguous() for t in inputs]
+        x, h0, c0, w_ih, w_hh, _, _, w_hr = inputs[:8]
         grad_y, grad_h, grad_c = (g if g is None else g.contiguous() for g in (*grads, None)[:3])
         gates, cells = (*outputs[self.visible :], None)[:2]
         found = self.operators.recurrent_backward(
             *(grad_y, grad_h, grad_c, x, h0, c0, w_ih, w_hh, w_hr, self.lengths, outputs[0], gates, cells),
             *(CELLS.index(self.cell), self.reverse, self.tf32, needs[0], any(needs[3:])),
+            *(*inputs[8:], *self.rates),
         )
-        return tuple(grad if need else None for grad, need in zip(found, needs, strict=True))
+        return tuple(grad if need else None for grad, need in zip_longest(found[: len(needs)], needs))
 
     def reference(self, *inputs):
-        return reference(*inputs, self.lengths, self.cell, self.reverse)[: self.visible]
+        variant = Variant(*inputs[8:], *self.rates)
+        return reference(*inputs[:8], self.lengths, self.cell, self.reverse, variant)[: self.visible]
 
 
 def recurrent(
@@ -55,10 +65,12 @@ def recurrent(
     lengths: Tensor | None = None,
     cell: str,
     reverse: bool = False,
+    variant: Variant = PLAIN,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One layer, one direction, the whole sequence; arguments and result as in fastnets.reference.recurrent.
 
-    Under autocast it computes in autocast's dtype; gru returns the dtype of h0, as torch's does.
+    Under autocast it computes in autocast's dtype, a variant's parameters included; gru returns the dtype of h0, as
+    torch's does.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -70,15 +82,22 @@ def recurrent(
     state_dtype = h0.dtype
     x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr = _autocast.lower(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
     _validate(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell)
+    names = () if variant is PLAIN else variant.names
+    if names:
+        _, peephole, norm = _autocast.lower(x, variant.peephole, variant.norm)
+        variant = variant._replace(peephole=peephole, norm=norm)
+        _validate_variant(variant, names, x, h0, c0, cell)
     if lengths is not None:
         _validate_lengths(lengths, x)
-    implementation = dispatch.select(dispatch.Case("recurrent", x.device.type, x.dtype, frozenset((cell,))))
+    implementation = dispatch.select(dispatch.Case("recurrent", x.device.type, x.dtype, frozenset((cell, *names))))
     inputs = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
     if implementation.operators is None:
-        results = reference(*inputs, lengths, cell, reverse)
+        results = reference(*inputs, lengths, cell, reverse, variant)
     else:
-        save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-        results = _autograd.run(_Recurrent(implementation.operators, lengths, cell, reverse, save), *inputs)
+        tensors, rates = (variant[:5], variant[5:]) if names else ((), ())
+        save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*inputs, *tensors))
+        call = _Recurrent(implementation.operators, lengths, cell, reverse, rates, save)
+        results = _autograd.run(call, *inputs, *tensors)
     y, h = results[:2]
     if cell == "gru" and state_dtype != y.dtype:
         y, h = y.to(state_dtype), h.to(state_dtype)
@@ -133,6 +152,29 @@ def _validate(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell: str) -> None:
         expect_shape(tensor, name, shape)
 
 
+def _validate_variant(variant: Variant, names: tuple[str, ...], x: Tensor, h0: Tensor, c0: Tensor, cell: str) -> None:
+    expect(cell == "lstm", "variant", f"none for {cell}", ", ".join(names))
+    hidden = c0.shape[1]
+    for name, multiple in (("peephole", 3), ("norm", 10)):
+        tensor = getattr(variant, name)
+        if tensor is not None:
+            expect_tensor(tensor, name)
+            expect_like(tensor, name, x, "x")
+            expect_shape(tensor, name, (multiple * hidden,))
+    for name, columns in (("keep_g", hidden), ("hold_h", h0.shape[1]), ("hold_c", hidden)):
+        mask = getattr(variant, name)
+        if mask is not None:
+            expect_tensor(mask, name)
+            if mask.dtype != torch.bool:
+                raise TypeError(f"{name}: expected bool, got {mask.dtype}")
+            expect(mask.device == x.device, name, f"device {x.device} like x", mask.device)
+            expect_shape(mask, name, (*x.shape[:2], columns))
+    for name in ("zoneout_h", "zoneout_c"):
+        expect(0 <= getattr(variant, name) <= 1, name, "a number in [0, 1]", getattr(variant, name))
+    expect(0 < variant.keep_scale < math.inf, "keep_scale", "a positive number", variant.keep_scale)
+    expect(0 <= variant.clip < math.inf, "clip", "a positive number, or 0 for none", variant.clip)
+
+
 def _validate_lengths(lengths: Tensor, x: Tensor) -> None:
     expect_tensor(lengths, "lengths")
     if lengths.dtype != torch.int64:
@@ -148,28 +190,29 @@ def _validate_lengths(lengths: Tensor, x: Tensor) -> None:
 if _library.missing is None:
 
     @torch.library.register_fake("fastnets::recurrent_forward")
-    def _(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, cell, reverse, tf32, save):
+    def _(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, cell, reverse, tf32, save, peephole=None, norm=None, *more):
         steps, batch = x.shape[:2]
         hidden = h0.shape[1] if w_hr is None else w_hr.shape[1]
         exact = torch.float64 if x.dtype == torch.float64 else torch.float32
-        absent, kind = (0,), CELLS[cell]
+        absent, kind, gates = (0,), CELLS[cell], 4 if norm is None else 12
         return (
             x.new_empty(steps, *h0.shape),
             torch.empty_like(h0),
             x.new_empty(absent) if c0 is None else torch.empty_like(c0),
-            x.new_empty((steps, batch, 4 * hidden) if save and kind in ("lstm", "gru") else absent, dtype=exact),
+            x.new_empty((steps, batch, gates * hidden) if save and kind in ("lstm", "gru") else absent, dtype=exact),
             x.new_empty((steps, batch, hidden) if save and kind == "lstm" else absent, dtype=exact),
         )
 
     @torch.library.register_fake("fastnets::recurrent_backward")
-    def _(grad_y, grad_h, grad_c, x, h0, c0, w_ih, w_hh, w_hr, lengths, y, gates, cells, *options):
-        need_x, need_w = options[-2:]
-        absent = (0,)
+    def _(grad_y, grad_h, grad_c, x, h0, c0, w_ih, w_hh, w_hr, lengths, y, gates, cells, cell, reverse, tf32, *more):
+        need_x, need_w, peephole, norm = (*more, None, None)[:4]
+
+        def gradient(tensor, needed=True):
+            return x.new_empty((0,)) if tensor is None or not needed else torch.empty_like(tensor)
+
+        bias = x.new_empty(w_hh.shape[:1] if need_w else (0,))
         return (
-            x.new_empty(x.shape if need_x else absent),
-            torch.empty_like(h0),
-            x.new_empty(absent if c0 is None else c0.shape),
-            *(x.new_empty(shape if need_w else absent) for shape in (w_ih.shape, w_hh.shape, w_hh.shape[:1])),
-            x.new_empty(w_hh.shape[:1] if need_w else absent),
-            x.new_empty(absent if w_hr is None or not need_w else w_hr.shape),
+            *(gradient(x, need_x), gradient(h0), gradient(c0)),
+            *(gradient(w_ih, need_w), gradient(w_hh, need_w), bias, torch.empty_like(bias)),
+            *(gradient(t, need_w) for t in (w_hr, peephole, norm)),
         )

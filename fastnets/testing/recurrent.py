@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..ops.recurrent import GATES, recurrent
+from ..reference.recurrent import Variant
 from . import Case
 
 _PEERS = {"lstm": torch.lstm, "gru": torch.gru, "rnn_tanh": torch.rnn_tanh, "rnn_relu": torch.rnn_relu}
@@ -22,6 +23,21 @@ def _peer(cell: str, reverse: bool):
     return run
 
 
+_MASKS = ("keep_g", "hold_h", "hold_c")
+_TENSORS = ("peephole", "norm", *_MASKS)
+# Option -> the tensors of a Variant with their columns (multiples of H; of masks H or P), and its numbers.
+_VARIANT = {
+    "peephole": ({"peephole": 3}, {}),
+    "layer norm": ({"norm": 10}, {}),
+    "recurrent dropout": ({"keep_g": "h"}, {"keep_scale": 2.5}),
+    "zoneout": ({"hold_h": "p", "hold_c": "h"}, {}),
+    "expected zoneout": ({}, {"zoneout_h": 0.1, "zoneout_c": 0.3}),
+    "cell clip": ({}, {"clip": 0.5}),
+}
+_EVERY = "peephole, layer norm, recurrent dropout, zoneout, cell clip"
+_ELEMENTWISE = "peephole, recurrent dropout, zoneout, cell clip"
+
+
 def _case(
     cell: str,
     steps: int,
@@ -33,8 +49,10 @@ def _case(
     reverse: bool = False,
     lengths: str = "",
     proj: int = 0,
+    variant: str = "",
     **more,
 ) -> Case:
+    """`variant`: of lstm, from the names in `_VARIANT`, with commas."""
     gates, outputs = GATES[cell] * hidden, proj or hidden
 
     def inputs(generator: torch.Generator) -> dict[str, Tensor | None]:
@@ -57,21 +75,36 @@ def _case(
             drawn["lengths"] = torch.randint(0, steps + 1, (batch,), generator=generator)
         if lengths == "sorted":
             drawn["lengths"] = drawn["lengths"].sort(descending=True).values
+        columns = {"h": hidden, "p": outputs}
+        for name in named:
+            for tensor, units in _VARIANT[name][0].items():
+                if tensor in _MASKS:
+                    drawn[tensor] = torch.rand(steps, batch, columns[units], generator=generator) < 0.4
+                else:
+                    drawn[tensor] = draw(units * hidden)
         return drawn
+
+    named = variant.split(", ") if variant else []
+    rates = {key: value for name in named for key, value in _VARIANT[name][1].items()}
+
+    def function(**drawn):
+        tensors = {name: drawn.pop(name) for name in _TENSORS if name in drawn}
+        return recurrent(**drawn, cell=cell, reverse=reverse, variant=Variant(**tensors, **rates))
 
     options = (
         "" if bias else "no bias",
         "reverse" if reverse else "",
         f"{lengths} lengths" if lengths else "",
         f"projected to {proj}" if proj else "",
+        variant,
     )
     weights = gates * (features + outputs) + proj * hidden
     return Case(
         op="recurrent",
         name=", ".join([f"{cell} T{steps} B{batch} I{features} H{hidden}", *filter(None, options)]),
         inputs=inputs,
-        function=lambda **drawn: recurrent(**drawn, cell=cell, reverse=reverse),
-        peer=None if lengths or not steps else _peer(cell, reverse),
+        function=function,
+        peer=None if lengths or variant or not steps else _peer(cell, reverse),
         flops=2.0 * steps * batch * weights,
         elements=float(steps * batch * (features + outputs) + weights),
         **more,
@@ -99,6 +132,21 @@ CASES = [
     _case("lstm", 7, 33, 3, 20, proj=1, reverse=True, lengths="unsorted"),
     _case("lstm", 0, 3, 4, 5),
     *(_case(cell, 3, 0, 4, 5) for cell in GATES),
+    *(_case("lstm", 7, 8, 19, 17, variant=name) for name in _VARIANT),
+    *(
+        _case("lstm", 7, 9, 6, 20, reverse=reverse, lengths="unsorted", proj=proj, variant=every)
+        for reverse, proj, every in [
+            (False, 0, _EVERY),
+            (True, 5, _EVERY),
+            (True, 0, _ELEMENTWISE),
+            (False, 5, _ELEMENTWISE),
+        ]
+    ),
+    _case("lstm", 1, 5, 3, 24, variant=_EVERY),
+    _case("lstm", 3, 2, 4, 100, bias=False, variant=_EVERY),
+    _case("lstm", 40, 33, 3, 5, lengths="unsorted", variant=_EVERY),
+    _case("lstm", 0, 3, 4, 5, variant=_EVERY),
+    _case("lstm", 3, 0, 4, 5, variant=_EVERY),
     # More rows than one product over many steps covers.
     *(_case(cell, 37, 33, 64, 64, quick=False) for cell in GATES),
     _case("gru", 50, 33, 5, 7, lengths="unsorted", quick=False),

@@ -27,10 +27,11 @@ def device():
     """The SIMT device with fresh counters; what a test sets is put back."""
     from fastnets import _simt
 
-    limit = _simt.shared_limit()
+    limit, multiprocessors = _simt.shared_limit(), _simt.multiprocessors()
     _simt.set_counting(True)
     _simt.reset_counters()
     yield _simt
     _simt.set_counting(False)
     _simt.set_seed(0)
     _simt.set_shared_limit(limit)
+    _simt.set_multiprocessors(multiprocessors)

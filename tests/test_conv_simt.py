@@ -1,9 +1,12 @@
 """The CUDA convolutions on the SIMT device, beyond the operator table: shapes, tiles, schedules, counters."""
 
+import math
+
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from test_conv import BAD
 
 import fastnets
 from fastnets import dispatch, functional, testing
@@ -16,13 +19,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @st.composite
-def cases(draw, dtype):
-    """Any convolution small enough for the SIMT device.
-
-    In float32 every sum has at least 8 terms: three TF32 products are off by up to 6 eps each, where PyTorch's one
-    product is off by half of one, and the rule's floor is the eps of the largest result.
-    """
-    few = [] if dtype == torch.float32 else [1, 2, 3, 4]
+def cases(draw):
+    """Any convolution small enough for the SIMT device."""
     dims = draw(st.integers(1, 3))
 
     def each(low, high):
@@ -30,7 +28,7 @@ def cases(draw, dtype):
 
     transposed = draw(st.booleans())
     groups = draw(st.sampled_from([1, 1, 1, 2, 3, 5, 24]))
-    per_group = [draw(st.sampled_from([*few, 8, 9, 16, 40, 70])) for _ in range(2)]
+    per_group = [draw(st.sampled_from([1, 2, 3, 4, 8, 9, 16, 40, 70])) for _ in range(2)]
     if groups > 1:
         per_group = [min(n, 9 if groups < 24 else 1) for n in per_group]
     kernel, stride, dilation = each(1, 4 if dims < 3 else 3), each(1, 3), each(1, 3)
@@ -44,9 +42,10 @@ def cases(draw, dtype):
     if transposed:
         limits = zip(stride, dilation, strict=True)
         options["output_padding"] = tuple(draw(st.integers(0, max(pair) - 1)) for pair in limits)
-    batches = [1, 2, 3, 0] if dtype != torch.float32 else [8, 0]
-    x = (draw(st.sampled_from(batches)), groups * per_group[0], *size)
+    x = (draw(st.sampled_from([1, 2, 3, 0])), groups * per_group[0], *size)
     weight = (x[1], per_group[1], *kernel) if transposed else (groups * per_group[1], per_group[0], *kernel)
+    # Of a few sums that cancel, PyTorch's largest error, which the rule goes by, is chance.
+    assume(math.prod(weight) >= 8 and math.prod(x) != 1)
     return conv_case(
         f"{x} {weight} {options}",
         x,
@@ -60,29 +59,44 @@ def cases(draw, dtype):
     )
 
 
-@settings(max_examples=12, deadline=None)
-@given(data=st.data(), dtype=st.sampled_from(DTYPES))
-def test_any_shape(data, dtype):
-    case = data.draw(cases(dtype))
-    outcome = testing.check(case, dtype, "simt")
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(case=cases(), dtype=st.sampled_from(DTYPES), multiprocessors=st.sampled_from([1, 16]))
+def test_any_shape(device, case, dtype, multiprocessors):
+    device.set_multiprocessors(multiprocessors)  # on one, tiles are large
+    # oneDNN in torch 2.13 crashes in rare 16-bit shapes: [2, 16, 2, 1, 1] with a kernel of 1x2x1, all of it padding.
+    with torch.backends.mkldnn.flags(enabled=dtype == torch.float32):
+        outcome = testing.check(case, dtype, "simt")
     assert outcome.passed, f"{outcome.where}: error {outcome.error:.3g}, tolerance {outcome.tolerance:.3g}"
 
 
-# Enough pixels for the tiles of 128 rows: 133 of them.
+# The kind of tile, the channels of x and of the result, the kernel, the tile's rows and columns, and how many times 32
+# bytes of bfloat16 channels and taps each product takes.
+TILES = [
+    ("wide", 16, 70, (1, 1), 128, 128, 4),  # whole stages of 128 bytes
+    ("tall", 16, 5, (1, 1), 128, 32, 4),
+    ("held wide", 16, 70, (3, 3), 128, 128, 9),
+    ("held tall", 16, 5, (3, 3), 256, 64, 9),
+    ("held middle", 72, 5, (1, 3), 128, 64, 3 * (4 + 1)),  # two fillings
+    ("few", 3, 5, (3, 3), 128, 32, 2),
+]
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize(("channels", "tile"), [(5, (128, 32)), (70, (128, 128))])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_tiles_of_many_pixels(device, dtype, channels, tile, channels_last):
-    x = torch.randint(-3, 4, (1, 4, 130, 130)).to(dtype)
-    weight = torch.randint(-1, 2, (channels, 4, 1, 3)).to(dtype)
+@pytest.mark.parametrize(("channels", "results", "kernel", "rows", "columns", "deep"), [t[1:] for t in TILES])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_tiles(device, dtype, channels, results, kernel, rows, columns, deep, channels_last):
+    device.set_multiprocessors(1)
+    x = torch.randint(-3, 4, (2, channels, 19, 12)).to(dtype)
+    weight = torch.randint(-1, 2, (results, channels, *kernel)).to(dtype)
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
+    padding = tuple(k // 2 for k in kernel)
     with fastnets.backend("simt"), testing.full_precision():
-        y = functional.conv2d(x, weight, padding=(0, 1))
-    assert y.equal(torch.nn.functional.conv2d(x.float(), weight.float(), padding=(0, 1)).to(dtype))
-    # Every block multiplies one stage of the depth: four mma, for float32 times three.
-    products = 3 if dtype == torch.float32 else 1
-    assert device.counters()["conv_forward"]["mma"] == 133 * (tile[0] // 16) * (tile[1] // 8) * 4 * products
+        y = functional.conv2d(x, weight, padding=padding)
+    assert y.equal(torch.nn.functional.conv2d(x.float(), weight.float(), padding=padding).to(dtype))
+    # Few channels are tiled by 8 x 16 results of an image, the others by results in a row.
+    tiles = 2 * 3 if channels < 5 else -(-2 * 19 * 12 // rows)
+    assert device.counters()["conv_forward"]["mma"] == tiles * (rows // 16) * (columns // 8) * deep
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -99,7 +113,7 @@ def test_shares_of_the_depth_in_every_schedule(device, seed, channels_last):
     stock = torch.nn.functional.conv2d(x, weight, padding=1)
     torch.testing.assert_close(y, stock, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(grads, torch.autograd.grad(stock, (x, weight), grad), rtol=1e-4, atol=1e-4)
-    assert device.counters()["conv_gather_shares"]["launches"] == 1
+    assert device.counters()["conv_gather_shares"]["launches"] == 2  # forwards and backwards
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -143,6 +157,21 @@ def test_no_bank_conflicts_and_whole_sectors(device, dtype, channels_last):
     for name in PRODUCTS:
         assert found[name]["global_load_sectors"] * 32 <= found[name]["global_load_bytes"], name
         assert found[name]["global_store_sectors"] * 32 == found[name]["global_store_bytes"], name
+
+
+OVERFLOWING = [{"padding": 2**33}, {"padding": 2**61}, {"padding": 2**62}, {"dilation": 2**62}, {"stride": 2**63}]
+
+
+@pytest.mark.parametrize("change", [change for change, *_ in BAD] + OVERFLOWING, ids=lambda c: " ".join(c))
+def test_errors_are_those_of_the_cpu(change):
+    arguments = {"input": torch.zeros(1, 4, 8, 8), "weight": torch.zeros(6, 4, 3, 3), "bias": None} | change
+
+    def error(backend):
+        with fastnets.backend(backend), pytest.raises(Exception) as caught:
+            functional.conv2d(**arguments)
+        return caught.type, str(caught.value).replace("fastnets_simt::", "fastnets::")
+
+    assert error("simt") == error("cpu")
 
 
 def test_too_large_a_dimension_is_an_error():

@@ -1,135 +1,177 @@
 // Convolution forwards, and backwards to its input: implicit GEMM. Rows are the pixels of the results, columns their
 // channels, the depth runs over taps and, in each, over the source's channels in chunks of 16 bytes. A thread copies
 // the same chunk of the depth for several rows, so that what a tap adds to a row's place is found once for all of them.
-#include "conv_output.h"
+// Here are the ways from an operation to its kernels, too.
+#include <optional>
+
+#include "conv_gather.h"
 
 namespace fastnets::cuda {
 namespace {
 
-// One phase: results whose taps are the same (see conv_axis.h), in images of one launch.
-struct Gather {
-  const void* source;  // Operand
-  const void* weight;  // [groups, columns, chunks], zeros where channels end
-  Output output;
-  Partial partial;  // where splits > 1
-  int chunks, steps, tiles_m, tiles_n;
-  Divisor tap_chunks;  // chunks of a tap
-  Window window;
-  int64_t group;  // stride of the source
-};
-
 template <class C, class S>
-class GatherCopy {
+class GatherFeed {
   using T = typename C::Storage;
-  static constexpr int kChunks = kStageBytes / 16, kStep = S::kThreads / kChunks;
-  static constexpr int kRowsA = S::kM / kStep, kRowsB = S::kN / kStep;
-  static_assert(S::kM % kStep == 0 && S::kN % kStep == 0);
-
- public:
   using A = Tile<T, S::kM, kStageDepth<T>>;
   using B = Tile<T, S::kN, kStageDepth<T>>;
+  using Filter = FilterCopy<T, S>;
+  static constexpr int kChunks = Filter::kChunks, kStep = Filter::kStep, kRows = S::kM / kStep;
+  static_assert(S::kM % kStep == 0);
 
-  __device__ __forceinline__ GatherCopy(const Gather& p, int row, int column, int group) : p_(p) {
-    source_ = static_cast<const T*>(p.source) + group * p.group;
+ public:
+  __device__ __forceinline__ GatherFeed(const Gather& p, unsigned char* shared, const Place& at)
+      : p_(p), filter_(p, at), ring_(shared), a_(nullptr), b_(nullptr) {
+    source_ = static_cast<const T*>(p.source) + at.group * p.group;
 #pragma unroll
-    for (int i = 0; i < kRowsA; ++i) {
-      const int m = row + line() + i * kStep;
+    for (int i = 0; i < kRows; ++i) {
+      const int m = at.row + Filter::line() + i * kStep;
       const bool exists = m < p.output.rows;
       place_[i] = p.window.begin(exists ? m : 0, at_[i]);
       if (!exists) at_[i][0] = kNowhere;
     }
-    column_ = column + line();
-    weight_ = static_cast<const T*>(p.weight) +
-              (static_cast<int64_t>(group) * p.output.columns + column_) * p.chunks * kChunk<T>;
   }
 
-  // Starts to copy the step's part of the depth.
-  __device__ __forceinline__ void operator()(int step, A a, B b) const {
-    const int chunk = step * kChunks + place();
+  __device__ __forceinline__ void copy(int step) const {
+    const int chunk = step * kChunks + Filter::place();
     const bool within = chunk < p_.chunks;
     int in_tap = chunk, by[3];
     p_.window.tap(p_.tap_chunks.divide(in_tap), by);
     const int64_t moved = in_tap * kChunk<T> + p_.window.moved(by);
+    const A a = ring_.a(step);
 #pragma unroll
-    for (int i = 0; i < kRowsA; ++i) {
+    for (int i = 0; i < kRows; ++i) {
       const bool inside = within && p_.window.inside(at_[i], by);
-      copy_async<16>(a.at(line() + i * kStep, place() * kChunk<T>), inside ? source_ + place_[i] + moved : source_,
-                     inside ? 16 : 0);
+      copy_async<16>(a.at(Filter::line() + i * kStep, Filter::place() * kChunk<T>),
+                     inside ? source_ + place_[i] + moved : source_, inside ? 16 : 0);
     }
-#pragma unroll
-    for (int i = 0; i < kRowsB; ++i) {
-      const bool inside = within && column_ + i * kStep < p_.output.columns;
-      const int64_t by_rows = (static_cast<int64_t>(i) * kStep * p_.chunks + chunk) * kChunk<T>;
-      copy_async<16>(b.at(line() + i * kStep, place() * kChunk<T>),
-                     inside ? weight_ + by_rows : static_cast<const T*>(p_.weight), inside ? 16 : 0);
-    }
+    filter_(ring_.b(step), chunk, within);
   }
+
+  __device__ __forceinline__ void turn(int step) { a_ = ring_.a(step), b_ = ring_.b(step); }
+  static constexpr __device__ __forceinline__ int depth() { return kStageDepth<T>; }
+  __device__ __forceinline__ Fragment<C> a(int i, int k) const { return read_a_(a_, Sums<C, S>::row() + 16 * i, k); }
+  __device__ __forceinline__ Fragment<C> b(int j, int k) const { return read_b_(b_, Sums<C, S>::column() + 16 * j, k); }
 
  private:
   static constexpr int kNowhere = -(1 << 30);  // no tap leads from here into the source
 
-  static __device__ __forceinline__ int line() { return static_cast<int>(threadIdx.x) / kChunks; }
+  const Gather& p_;
+  const T* source_;
+  int at_[kRows][3];
+  int64_t place_[kRows];
+  Filter filter_;
+  Ring<S, A, B> ring_;
+  A a_;
+  B b_;
+  Reader<C, A, Side::kA> read_a_;
+  Reader<C, B, Side::kB> read_b_;
+};
+
+// One tap, of images whose planes are whole chunks: the source as it lies with its pixels innermost, 8 bytes a copy, or
+// 16 where no chunk begins in one image and ends in the next.
+template <class C, class S>
+class PlanesFeed {
+  using T = typename C::Storage;
+  using A = Tile<T, kStageDepth<T>, S::kM>;
+  using B = Tile<T, S::kN, kStageDepth<T>>;
+  static constexpr int kChunks = S::kM / kChunk<T>, kStep = S::kThreads / kChunks, kHalf = kChunk<T> / 2;
+  static_assert(S::kThreads % kChunks == 0 && kStageDepth<T> % kStep == 0);
+
+ public:
+  __device__ __forceinline__ PlanesFeed(const Gather& p, unsigned char* shared, const Place& at)
+      : p_(p), filter_(p, at), ring_(shared), a_(nullptr), b_(nullptr) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int m = at.row + place() * kChunk<T> + half * kHalf;
+      int pixel = m;
+      const int64_t image = p.window.positions.divide(pixel);
+      source_[half] = m < p.output.rows
+                          ? static_cast<const T*>(p.source) + image * p.window.image + at.group * p.group + pixel
+                          : nullptr;
+    }
+  }
+
+  __device__ __forceinline__ void copy(int step) const {
+    const A a = ring_.a(step);
+    const T* const any = static_cast<const T*>(p_.source);
+#pragma unroll
+    for (int i = 0; i < kStageDepth<T> / kStep; ++i) {
+      const int line = static_cast<int>(threadIdx.x) / kChunks + i * kStep, channel = step * kStageDepth<T> + line;
+      const int64_t moved = channel * p_.plane;
+      const bool within = channel < p_.channels;
+      if (p_.whole) {
+        const bool inside = within && source_[0] != nullptr;
+        copy_async<16>(a.at(line, place() * kChunk<T>), inside ? source_[0] + moved : any, inside ? 16 : 0);
+      } else {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const bool inside = within && source_[half] != nullptr;
+          copy_async<8>(a.at(line, place() * kChunk<T> + half * kHalf), inside ? source_[half] + moved : any,
+                        inside ? 8 : 0);
+        }
+      }
+    }
+    const int chunk = step * FilterCopy<T, S>::kChunks + FilterCopy<T, S>::place();
+    filter_(ring_.b(step), chunk, chunk < p_.chunks);
+  }
+
+  __device__ __forceinline__ void turn(int step) { a_ = ring_.a(step), b_ = ring_.b(step); }
+  static constexpr __device__ __forceinline__ int depth() { return kStageDepth<T>; }
+  __device__ __forceinline__ Fragment<C> a(int i, int k) const { return read_a_(a_, k, Sums<C, S>::row() + 16 * i); }
+  __device__ __forceinline__ Fragment<C> b(int j, int k) const { return read_b_(b_, Sums<C, S>::column() + 16 * j, k); }
+
+ private:
   static __device__ __forceinline__ int place() { return static_cast<int>(threadIdx.x) % kChunks; }
 
   const Gather& p_;
-  const T *source_, *weight_;
-  int at_[kRowsA][3], column_;
-  int64_t place_[kRowsA];
+  const T* source_[2];
+  FilterCopy<T, S> filter_;
+  Ring<S, A, B> ring_;
+  A a_;
+  B b_;
+  Reader<C, A, Side::kA, true> read_a_;
+  Reader<C, B, Side::kB> read_b_;
 };
 
 template <class C, class S>
 constexpr int kGatherBytes = std::max(kProductBytes<S>, Finish<typename C::Storage, S>::kBytes);
 
-template <class C, class S>
-__global__ void __launch_bounds__(S::kThreads, S::kBlocks) conv_gather(Gather p) {
-  using T = typename C::Storage;
-  using Copy = GatherCopy<C, S>;
-  using A = typename Copy::A;
-  using B = typename Copy::B;
+template <class C, class S, class Feed>
+__device__ __forceinline__ void gather(const Gather& p) {
   DYNAMIC_SHARED(shared);
-
-  // Neighbouring blocks share rows: the source is the larger operand.
-  int rest = blockIdx.x;
-  const int column = rest % p.tiles_n * S::kN;
-  rest /= p.tiles_n;
-  const int row = rest % p.tiles_m * S::kM;
-  rest /= p.tiles_m;
-  const int split = rest % p.partial.splits, group = rest / p.partial.splits;
-
+  const Place at = Place::of<S>(p.tiles_m, p.tiles_n, p.partial.groups);
   Sums<C, S> sums;
   {
-    const Copy copy(p, row, column, group);
-    const Reader<C, A, Side::kA> read_a;
-    const Reader<C, B, Side::kB> read_b;
-    sums.template accumulate<A, B>(
-        shared, share(p.steps, split, p.partial.splits), share(p.steps, split + 1, p.partial.splits), copy,
-        [&](A a, int r, int k) { return read_a(a, r, k); }, [&](B b, int c, int k) { return read_b(b, c, k); });
+    Feed feed(p, shared, at);
+    sums.accumulate(share(p.steps, at.split, p.partial.splits), share(p.steps, at.split + 1, p.partial.splits), feed);
   }
-  if (p.partial.splits > 1) return sums.store(p.partial, split, group, row, column);
-  __syncthreads();  // the stages' memory becomes the tile's
-  const Finish<T, S> finish(p.output, shared, row, column, group);
-  sums.pairs([&](int r, int c, const Vector<float, 2>& pair) { finish.put(r, c, pair); });
-  finish();
+  finish_gather<typename C::Storage, S>(p, sums, shared, at);
+}
+
+template <class C, class S>
+__global__ void __launch_bounds__(S::kThreads, S::kBlocks) conv_gather(Gather p) {
+  gather<C, S, GatherFeed<C, S>>(p);
+}
+
+template <class C, class S>
+__global__ void __launch_bounds__(S::kThreads, S::kBlocks) conv_planes(Gather p) {
+  gather<C, S, PlanesFeed<C, S>>(p);
 }
 
 using Gathered = Shape<32, 64, 1, 4, 1, 6>;  // of a block that adds shares: small, for they are many where results few
 
-// Adds the shares and finishes.
 template <class T>
 __global__ void __launch_bounds__(Gathered::kThreads, Gathered::kBlocks) conv_gather_shares(Gather p) {
   using S = Gathered;
   SHARED_ARRAY(unsigned char, shared, (Finish<T, S>::kBytes));
-  int rest = blockIdx.x;
-  const int column = rest % p.tiles_n * S::kN;
-  rest /= p.tiles_n;
-  const int row = rest % p.tiles_m * S::kM, group = rest / p.tiles_m;
-  const Finish<T, S> finish(p.output, shared, row, column, group);
+  const Place at = Place::of<S>(p.tiles_m, p.tiles_n, p.partial.groups);
+  const auto finish = finish_of<T, S>(p.output, shared, at);
   // A warp takes two fours of 16 rows: whole sectors, and other banks, however the tile is laid out.
 #pragma unroll 1
   for (int i = threadIdx.x; i < S::kM * S::kN / 4; i += S::kThreads) {
     const int r = i / 2 % S::kM, c = (i / 2 / S::kM * 2 + i % 2) * 4;
-    if (row + r < p.partial.rows && column + c < p.partial.pitch) {
-      finish.put(r, c, p.partial.sum(group, row + r, column + c));
+    if (at.row + r < p.partial.rows && at.column + c < p.partial.pitch) {
+      finish.put(r, c, p.partial.sum(at.group, at.row + r, at.column + c));
     }
   }
   finish();
@@ -171,23 +213,19 @@ const void* weight_of(const Phase& phase, const ConvGather& p, Workspace& worksp
   return memory;
 }
 
-template <class C, class S>
-void launch_gather(Gather& g, int splits, const char* name, Stream stream) {
-  using T = typename C::Storage;
-  const int64_t blocks = int64_t{g.tiles_m} * g.tiles_n * g.partial.groups * splits;
-  launch({name, static_cast<unsigned>(to_int(blocks, "blocks")), S::kThreads, stream, kGatherBytes<C, S>},
-         conv_gather<C, S>, g);
-  if (splits == 1) return;
-  g.tiles_m = (g.output.rows + Gathered::kM - 1) / Gathered::kM;
-  g.tiles_n = (g.output.columns + Gathered::kN - 1) / Gathered::kN;
-  launch({"conv_gather_shares", static_cast<unsigned>(int64_t{g.tiles_m} * g.tiles_n * g.partial.groups),
-          Gathered::kThreads, stream},
-         conv_gather_shares<T>, g);
+// Whether the results are those of one tap, pixel by pixel, and the tensor can be read as it lies.
+template <class T>
+bool is_planes(const Phase& phase, const ConvShape& s, const void* source) {
+  for (const Axis& axis : phase.axes) {
+    if (axis.taps != 1 || axis.pull != 1 || axis.offset != 0 || axis.count != axis.extent) return false;
+  }
+  return !s.channels_last && phase.positions() > 1 && phase.positions() % (kChunk<T> / 2) == 0 &&
+         reinterpret_cast<uintptr_t>(source) % 16 == 0;
 }
 
 template <class C>
-void gather(const Phase& phase, const ConvGather& p, const Operand<typename C::Storage>& source, Workspace& workspace,
-            const char* name, Stream stream) {
+void gather(const Phase& phase, const ConvGather& p, const Operand<typename C::Storage>& source, bool planes,
+            Workspace& workspace, const char* name, Stream stream) {
   using T = typename C::Storage;
   const ConvShape& s = p.shape;
   Gather g{};
@@ -201,22 +239,28 @@ void gather(const Phase& phase, const ConvGather& p, const Operand<typename C::S
   g.tap_chunks = Divisor(std::max(tap_chunks, 1));
   g.window = window_of(phase.axes, strides_of(true, source.pixel, phase.source_sizes).at, source.image);
   g.group = source.channels;
+  if (planes) {
+    g.channels = static_cast<int>(phase.source_channels), g.plane = phase.positions();
+    g.group = g.channels * g.plane;
+    g.window.image = s.groups * g.group;
+    g.whole = g.plane % kChunk<T> == 0;
+  }
+  g.partial.groups = to_int(s.groups, "groups");
 
-  // As many images a launch as 32 bits can number the pixels of.
-  const int64_t together = std::min(s.batch, (kLimit - 1) / phase.positions());
+  const int64_t together = images_together(phase, s.batch);
   for (int64_t image = 0; image < s.batch; image += together) {
-    const int64_t rows = std::min(together, s.batch - image) * phase.positions();
-    with_shape(rows, phase.channels, s.groups, [&](auto shape) {
-      using S = decltype(shape);
-      g.tiles_m = static_cast<int>((rows + S::kM - 1) / S::kM);
-      g.tiles_n = static_cast<int>((phase.channels + S::kN - 1) / S::kN);
-      const int groups = to_int(s.groups, "groups");
-      const int splits = splits_for(int64_t{g.tiles_m} * g.tiles_n * groups, g.steps);
-      g.output.rows = static_cast<int>(rows);
-      g.partial = {nullptr, 1, groups, static_cast<int>(rows), g.output.columns, 0};
-      if (splits > 1) g.partial = Partial::take(workspace, splits, groups, static_cast<int>(rows), g.output.columns);
-      if (!workspace.counts()) launch_gather<C, S>(g, splits, name, stream);
-    });
+    const int64_t images = std::min(together, s.batch - image);
+    g.output.rows = static_cast<int>(images * phase.positions());
+    if (planes || !gather_held(phase, g, s.dtype, s.tf32, name, workspace, stream)) {
+      with_shape(g.output.rows, phase.channels, s.groups, [&](auto shape) {
+        using S = decltype(shape);
+        const int64_t blocks = g.divide<S>(workspace, g.partial.groups);
+        if (workspace.counts()) return;
+        launch({name, static_cast<unsigned>(blocks), S::kThreads, stream, kGatherBytes<C, S>},
+               planes ? conv_planes<C, S> : conv_gather<C, S>, g);
+        if (g.partial.splits > 1) gather_shares(s.dtype, g, stream);
+      });
+    }
     g.source = static_cast<const T*>(g.source) + together * g.window.image;
     g.output.first += together * g.output.image;
   }
@@ -254,17 +298,22 @@ void for_phases(const ConvShape& s, bool forwards, F&& f) {
 void gather(const ConvGather& p, bool forwards, Workspace& workspace, Stream stream) {
   const ConvShape& s = p.shape;
   const char* const name = forwards ? "conv_forward" : "conv_grad_input";
-  if (is_depthwise(s)) {
-    return for_phases(s, forwards, [&](const Phase& phase) {
-      if (phase.positions() > 0) depthwise_gather(phase, p, name, workspace, stream);
-    });
-  }
   with_arithmetic(s.dtype, s.tf32, [&](auto arithmetic) {
     using C = decltype(arithmetic);
-    const auto source = operand_of<typename C::Storage>(p.source, s, forwards ? s.in_channels : s.out_channels,
-                                                        forwards ? s.in : s.out, workspace, stream);
+    using T = typename C::Storage;
+    std::optional<Operand<T>> source;
     for_phases(s, forwards, [&](const Phase& phase) {
-      if (phase.positions() > 0) gather<C>(phase, p, source, workspace, name, stream);
+      if (phase.positions() == 0) return;
+      if (is_direct(phase, s)) return direct_gather(phase, p, name, workspace, stream);
+      if (gather_few(phase, p, name, workspace.counts(), stream)) return;
+      if (is_planes<T>(phase, s, p.source)) {
+        const int width = static_cast<int>(padded<T>(phase.source_channels));
+        return gather<C>(phase, p, {static_cast<const T*>(p.source), width, 0, 0}, true, workspace, name, stream);
+      }
+      if (!source) {
+        source = operand_of<T>(p.source, s, phase.source_channels, phase.source_sizes, workspace, stream);
+      }
+      gather<C>(phase, p, *source, false, workspace, name, stream);
     });
   });
 }
@@ -281,6 +330,16 @@ void gather(const ConvGather& p, bool forwards, void* memory, Stream stream) {
 }
 
 }  // namespace
+
+void gather_shares(Dtype dtype, Gather p, Stream stream) {
+  p.tiles_m = (p.output.rows + Gathered::kM - 1) / Gathered::kM;
+  p.tiles_n = (p.output.columns + Gathered::kN - 1) / Gathered::kN;
+  const int64_t blocks = int64_t{p.tiles_m} * p.tiles_n * p.partial.groups;
+  with_storage(dtype, [&](auto kind) {
+    launch({"conv_gather_shares", static_cast<unsigned>(to_int(blocks, "blocks")), Gathered::kThreads, stream},
+           conv_gather_shares<decltype(kind)>, p);
+  });
+}
 
 size_t conv_forward_workspace(const ConvGather& p) { return gather_workspace(p, true); }
 void conv_forward(const ConvGather& p, void* memory, Stream stream) { gather(p, true, memory, stream); }

@@ -1,7 +1,7 @@
 // From sums to the result: a tile of them in shared memory, laid out as the result is, through the epilogue.
 #pragma once
 
-#include "conv.h"
+#include "conv_product.h"
 
 namespace fastnets::cuda {
 
@@ -60,21 +60,24 @@ class Finish {
   static constexpr int kChannelPitch = kN + 8, kPixelPitch = kM + 4;
   static constexpr int kFloats = kM * kChannelPitch > kN* kPixelPitch ? kM* kChannelPitch : kN* kPixelPitch;
   static constexpr int kPlaces = kM + 16;
+  static constexpr int64_t kNone = -1;
 
  public:
   static constexpr int kBytes = kPlaces * static_cast<int>(sizeof(int64_t)) + kFloats * static_cast<int>(sizeof(float));
 
-  // The block's tile begins at those rows and columns of the group.
-  __device__ __forceinline__ Finish(const Output& p, void* shared, int row, int column, int group)
+  // The block's tile begins at that column of the group; result(r) is the number of its row r, -1 where it has none.
+  template <class ResultOf>
+  __device__ __forceinline__ Finish(const Output& p, void* shared, int column, int group, const ResultOf& result)
       : p_(p),
         offsets_(static_cast<int64_t*>(shared)),
         sums_(reinterpret_cast<float*>(offsets_ + kPlaces)),
-        rows_(p.rows - row),
         columns_(p.columns - column),
         begin_(group * p.group + column * p.channel),
         channel_(static_cast<int64_t>(group) * p.columns + column) {
-    for (int r = threadIdx.x; r < kM; r += S::kThreads)
-      store_shared(offsets_ + place(r), r < rows_ ? p.offset(row + r) : 0);
+    for (int r = threadIdx.x; r < kM; r += S::kThreads) {
+      const int row = result(r);
+      store_shared(offsets_ + place(r), row < 0 ? kNone : p.offset(row));
+    }
   }
 
   // Two or four neighbours in a row.
@@ -107,8 +110,8 @@ class Finish {
 #pragma unroll 1
     for (int i = threadIdx.x * V; i < kM * kN; i += S::kThreads * V) {
       const int row = p_.innermost ? i / kN : i % kM, column = p_.innermost ? i % kN : i / kM;
-      const bool exists = row < rows_ && column < columns_;
-      const int64_t at = begin_ + column * p_.channel + load_shared(offsets_ + place(row));
+      const int64_t offset = load_shared(offsets_ + place(row)), at = begin_ + column * p_.channel + offset;
+      const bool exists = offset != kNone && column < columns_;
       Vector<float, V> sum =
           load_shared<V>(sums_ + (p_.innermost ? row * kChannelPitch + column : column * kPixelPitch + row));
       finish<T>(p_, at, channel_ + column, exists, sum.values);
@@ -118,9 +121,15 @@ class Finish {
   const Output& p_;
   int64_t* offsets_;
   float* sums_;
-  int rows_, columns_;
+  int columns_;
   int64_t begin_, channel_;
 };
+
+// The tile of a product whose rows are results in a row.
+template <class T, class S>
+__device__ __forceinline__ Finish<T, S> finish_of(const Output& p, void* shared, const Place& at) {
+  return {p, shared, at.column, at.group, [&](int r) { return at.row + r < p.rows ? at.row + r : -1; }};
+}
 
 // A phase as the host sees it.
 struct Phase {
@@ -133,6 +142,12 @@ struct Phase {
   int64_t taps() const { return axes[0].taps * axes[1].taps * axes[2].taps; }
   int64_t positions() const { return axes[0].count * axes[1].count * axes[2].count; }
 };
+
+// As many images a launch as 32 bits can number the results and the pixels of.
+inline int64_t images_together(const Phase& phase, int64_t batch) {
+  const int64_t pixels = phase.source_sizes[0] * phase.source_sizes[1] * phase.source_sizes[2];
+  return std::min(batch, (kLimit - 1) / std::max(phase.positions(), pixels));
+}
 
 // The weight's side of a layout [.., taps of the phase, ..]: what q.from, the weight's first element, gives way to.
 inline void fill_taps(Layout& q, const Phase& phase, const ConvShape& s, size_t size) {
@@ -173,9 +188,14 @@ inline Output output_of(const Phase& phase, const ConvGather& p, size_t size) {
   return o;
 }
 
-// Where every group has one channel of x (conv_depthwise.cu).
+// Without products of matrices (conv_direct.cu): where every group has one channel of x, and float32 sums of so few
+// terms that three TF32 products, off by up to 6 eps each, would lie further from the truth than their rounding.
+constexpr int64_t kFewTerms = 8;
 inline bool is_depthwise(const ConvShape& s) { return s.groups > 1 && s.in_channels == 1; }
-void depthwise_gather(const Phase& phase, const ConvGather& p, const char* name, Workspace& workspace, Stream stream);
+inline bool is_direct(const Phase& phase, const ConvShape& s) {
+  return is_depthwise(s) || (s.dtype == Dtype::kFloat32 && phase.taps() * phase.source_channels < kFewTerms);
+}
+void direct_gather(const Phase& phase, const ConvGather& p, const char* name, Workspace& workspace, Stream stream);
 void depthwise_grad_weight(const ConvGradWeight& p, Workspace& workspace, Stream stream);
 
 }  // namespace fastnets::cuda

@@ -2,6 +2,7 @@
 // source channels, and whose depth are the pixels of all images. Few results of a long sum: the depth is shared out,
 // and the shares are added in their order, so that every run gives the same bits.
 #include "conv_output.h"
+#include "conv_weight.h"
 
 namespace fastnets::cuda {
 namespace {
@@ -15,13 +16,17 @@ struct Weight {
   int64_t grad_pixel;
   Divisor tap_channels;
   Window window;  // of x
+  // Of tensors read in planes:
+  int64_t plane, grad_image;
 };
 
 // Copies pixels `step * kDepth` and following: of the gradient, and of x at the taps. A thread has the same channels of
 // the same tap for several pixels.
 template <class C, class S>
-class WeightCopy {
+class WeightFeed {
   using T = typename C::Storage;
+  using A = Tile<T, kStageDepth<T>, S::kM>;
+  using B = Tile<T, kStageDepth<T>, S::kN>;
   static constexpr int kDepth = kStageDepth<T>;
   static constexpr int kChunksA = S::kM / kChunk<T>, kChunksB = S::kN / kChunk<T>;
   static constexpr int kStepA = S::kThreads / kChunksA, kStepB = S::kThreads / kChunksB;
@@ -29,11 +34,9 @@ class WeightCopy {
   static_assert(kDepth % kStepA == 0 && kDepth % kStepB == 0);
 
  public:
-  using A = Tile<T, kDepth, S::kM>;
-  using B = Tile<T, kDepth, S::kN>;
-
-  __device__ __forceinline__ WeightCopy(const Weight& p, int row, int column, int group) : p_(p) {
-    const int k = row + place_a() * kChunk<T>, n = column + place_b() * kChunk<T>;
+  __device__ __forceinline__ WeightFeed(const Weight& p, unsigned char* shared, const Place& at)
+      : p_(p), ring_(shared), a_(nullptr), b_(nullptr) {
+    const int k = at.row + place_a() * kChunk<T>, n = at.column + place_b() * kChunk<T>, group = at.group;
     has_a_ = k < p.grad_channels;
     grad_ = static_cast<const T*>(p.grad) + static_cast<int64_t>(group) * p.grad_channels + k;
     has_b_ = n < p.partial.columns;
@@ -42,7 +45,9 @@ class WeightCopy {
     x_ = static_cast<const T*>(p.x) + static_cast<int64_t>(group) * p.channels + channel + p.window.moved(tap_);
   }
 
-  __device__ __forceinline__ void operator()(int step, A a, B b) const {
+  __device__ __forceinline__ void copy(int step) const {
+    const A a = ring_.a(step);
+    const B b = ring_.b(step);
 #pragma unroll
     for (int i = 0; i < kDepth / kStepA; ++i) {
       const int line = line_a() + i * kStepA, m = step * kDepth + line;
@@ -62,6 +67,11 @@ class WeightCopy {
     }
   }
 
+  __device__ __forceinline__ void turn(int step) { a_ = ring_.a(step), b_ = ring_.b(step); }
+  static constexpr __device__ __forceinline__ int depth() { return kDepth; }
+  __device__ __forceinline__ Fragment<C> a(int i, int k) const { return read_a_(a_, k, Sums<C, S>::row() + 16 * i); }
+  __device__ __forceinline__ Fragment<C> b(int j, int k) const { return read_b_(b_, k, Sums<C, S>::column() + 16 * j); }
+
  private:
   static __device__ __forceinline__ int line_a() { return static_cast<int>(threadIdx.x) / kChunksA; }
   static __device__ __forceinline__ int place_a() { return static_cast<int>(threadIdx.x) % kChunksA; }
@@ -72,28 +82,101 @@ class WeightCopy {
   const T *grad_, *x_;
   bool has_a_, has_b_;
   int tap_[3];
+  Ring<S, A, B> ring_;
+  A a_;
+  B b_;
+  Reader<C, A, Side::kA, true> read_a_;
+  Reader<C, B, Side::kB, true> read_b_;
 };
+
+// One tap at every pixel, of images whose planes are whole chunks: both tensors as they lie with their pixels
+// innermost, 8 bytes a copy, or 16 where no chunk begins in one image and ends in the next.
+template <class C, class S>
+class WeightPlanesFeed {
+  using T = typename C::Storage;
+  using A = Tile<T, S::kM, kStageDepth<T>>;
+  using B = Tile<T, S::kN, kStageDepth<T>>;
+  static constexpr int kChunks = kStageBytes / 16, kStep = S::kThreads / kChunks;
+  static_assert(S::kM % kStep == 0 && S::kN % kStep == 0);
+
+ public:
+  __device__ __forceinline__ WeightPlanesFeed(const Weight& p, unsigned char* shared, const Place& at)
+      : p_(p), row_(at.row + line()), column_(at.column + line()), ring_(shared), a_(nullptr), b_(nullptr) {
+    grad_ = static_cast<const T*>(p.grad) + (int64_t{at.group} * p.partial.rows + row_) * p.plane;
+    x_ = static_cast<const T*>(p.x) + (int64_t{at.group} * p.partial.columns + column_) * p.plane;
+  }
+
+  __device__ __forceinline__ void copy(int step) const {
+    if (p_.plane % kChunk<T> == 0) {
+      copy<1>(step);
+    } else {
+      copy<2>(step);
+    }
+  }
+
+  __device__ __forceinline__ void turn(int step) { a_ = ring_.a(step), b_ = ring_.b(step); }
+  static constexpr __device__ __forceinline__ int depth() { return kStageDepth<T>; }
+  __device__ __forceinline__ Fragment<C> a(int i, int k) const { return read_a_(a_, Sums<C, S>::row() + 16 * i, k); }
+  __device__ __forceinline__ Fragment<C> b(int j, int k) const { return read_b_(b_, Sums<C, S>::column() + 16 * j, k); }
+
+ private:
+  static __device__ __forceinline__ int line() { return static_cast<int>(threadIdx.x) / kChunks; }
+
+  // Each chunk in so many pieces.
+  template <int Pieces>
+  __device__ __forceinline__ void copy(int step) const {
+    constexpr int kElements = kChunk<T> / Pieces, kBytes = 16 / Pieces;
+#pragma unroll
+    for (int piece = 0; piece < Pieces; ++piece) {
+      const int place = static_cast<int>(threadIdx.x) % kChunks * kChunk<T> + piece * kElements;
+      int pixel = step * kStageDepth<T> + place;
+      const bool within = pixel < p_.pixels;
+      const int64_t image = p_.window.positions.divide(pixel);
+      lines<kBytes, S::kM>(ring_.a(step), place, within, grad_ + image * p_.grad_image + pixel, row_, p_.partial.rows,
+                           static_cast<const T*>(p_.grad));
+      lines<kBytes, S::kN>(ring_.b(step), place, within, x_ + image * p_.window.image + pixel, column_,
+                           p_.partial.columns, static_cast<const T*>(p_.x));
+    }
+  }
+  template <int Bytes, int Count, class Operand>
+  __device__ __forceinline__ void lines(Operand to, int place, bool within, const T* from, int first, int count,
+                                        const T* any) const {
+#pragma unroll
+    for (int i = 0; i < Count / kStep; ++i) {
+      const bool inside = within && first + i * kStep < count;
+      copy_async<Bytes>(to.at(line() + i * kStep, place), inside ? from + i * kStep * p_.plane : any,
+                        inside ? Bytes : 0);
+    }
+  }
+
+  const Weight& p_;
+  int row_, column_;
+  const T *grad_, *x_;
+  Ring<S, A, B> ring_;
+  A a_;
+  B b_;
+  Reader<C, A, Side::kA> read_a_;
+  Reader<C, B, Side::kB> read_b_;
+};
+
+template <class C, class S, class Feed>
+__device__ __forceinline__ void weight(const Weight& p) {
+  DYNAMIC_SHARED(shared);
+  const Place at = Place::of<S>(p.tiles_m, p.tiles_n, p.partial.groups);
+  Feed feed(p, shared, at);
+  Sums<C, S> sums;
+  sums.accumulate(share(p.steps, at.split, p.splits), share(p.steps, at.split + 1, p.splits), feed);
+  sums.store(p.partial, p.first_split + at.split, at.group, at.row, at.column);
+}
 
 template <class C, class S>
 __global__ void __launch_bounds__(S::kThreads, S::kBlocks) conv_weight(Weight p) {
-  using Copy = WeightCopy<C, S>;
-  using A = typename Copy::A;
-  using B = typename Copy::B;
-  DYNAMIC_SHARED(shared);
-  int rest = blockIdx.x;
-  const int column = rest % p.tiles_n * S::kN;
-  rest /= p.tiles_n;
-  const int row = rest % p.tiles_m * S::kM;
-  rest /= p.tiles_m;
-  const int group = rest % p.partial.groups, split = rest / p.partial.groups;
-  const Copy copy(p, row, column, group);
-  const Reader<C, A, Side::kA, true> read_a;
-  const Reader<C, B, Side::kB, true> read_b;
-  Sums<C, S> sums;
-  sums.template accumulate<A, B>(
-      shared, share(p.steps, split, p.splits), share(p.steps, split + 1, p.splits), copy,
-      [&](A a, int r, int k) { return read_a(a, k, r); }, [&](B b, int c, int k) { return read_b(b, k, c); });
-  sums.store(p.partial, p.first_split + split, group, row, column);
+  weight<C, S, WeightFeed<C, S>>(p);
+}
+
+template <class C, class S>
+__global__ void __launch_bounds__(S::kThreads, S::kBlocks) conv_weight_planes(Weight p) {
+  weight<C, S, WeightPlanesFeed<C, S>>(p);
 }
 
 // Where the results go: rows of all groups, taps and channels through the weight's strides.
@@ -140,26 +223,42 @@ __global__ void __launch_bounds__(kThreads, 4) conv_weight_shares(Partial partia
   }
 }
 
+// Whether results and pixels are the same, and both tensors can be read as they lie.
+template <class T>
+bool is_planes(const ConvGradWeight& p) {
+  const ConvShape& s = p.shape;
+  for (int d = 0; d < 3; ++d) {
+    if (s.kernel[d] != 1 || s.stride[d] != 1 || s.padding[d] != 0 || s.out[d] != s.in[d]) return false;
+  }
+  const int64_t pixels = s.out[0] * s.out[1] * s.out[2];
+  return !s.channels_last && pixels > 1 && pixels % (kChunk<T> / 2) == 0 &&
+         (reinterpret_cast<uintptr_t>(p.grad) | reinterpret_cast<uintptr_t>(p.x)) % 16 == 0;
+}
+
+// The shares of the sums; a tap has `width` columns.
 template <class C>
-void grad_weight(const ConvGradWeight& p, Workspace& workspace, Stream stream) {
+Partial shares(const ConvGradWeight& p, int64_t width, Workspace& workspace, Stream stream) {
   using T = typename C::Storage;
   const ConvShape& s = p.shape;
-  const auto grad = operand_of<T>(p.grad, s, s.out_channels, s.out, workspace, stream);
-  const auto x = operand_of<T>(p.x, s, s.in_channels, s.in, workspace, stream);
+  const bool planes = is_planes<T>(p);
+  Operand<T> grad{static_cast<const T*>(p.grad), 0, 0, 0}, x{static_cast<const T*>(p.x), 0, 0, 0};
   const int64_t positions = s.out[0] * s.out[1] * s.out[2], taps = s.kernel[0] * s.kernel[1] * s.kernel[2];
+  if (planes) {
+    grad.image = s.groups * s.out_channels * positions, x.image = s.groups * s.in_channels * positions;
+  } else {
+    grad = operand_of<T>(p.grad, s, s.out_channels, s.out, workspace, stream);
+    x = operand_of<T>(p.x, s, s.in_channels, s.in, workspace, stream);
+  }
   Weight w{};
   w.grad = grad.data, w.x = x.data;
   w.grad_channels = grad.channels, w.channels = x.channels;
-  w.grad_pixel = grad.pixel;
-  w.tap_channels = Divisor(x.channels);
+  w.grad_pixel = grad.pixel, w.grad_image = grad.image, w.plane = positions;
+  w.tap_channels = Divisor(static_cast<int>(width));
   w.window = window_of({forward_axis(s, 0), forward_axis(s, 1), forward_axis(s, 2)}, strides_of(true, x.pixel, s.in).at,
                        x.image);
-  const int rows = static_cast<int>(s.out_channels), columns = to_int(taps * x.channels, "elements of a filter");
-
-  // As many images a launch as 32 bits can number the pixels of. The shares fill the device whatever the tiles are.
-  const int64_t together = std::min(s.batch, (kLimit - 1) / std::max<int64_t>(positions, 1));
-  const int64_t launches = together == 0 ? 1 : (s.batch + together - 1) / together;
-  with_shape(rows, columns, s.groups * kBlocksWanted, [&](auto shape) {
+  const int rows = static_cast<int>(s.out_channels), columns = to_int(taps * width, "elements of a filter");
+  const int64_t together = images_together(s), launches = together == 0 ? 1 : (s.batch + together - 1) / together;
+  with_weight_shape(rows, columns, [&](auto shape) {
     using S = decltype(shape);
     w.tiles_m = (rows + S::kM - 1) / S::kM, w.tiles_n = (columns + S::kN - 1) / S::kN;
     const int64_t tiles = int64_t{w.tiles_m} * w.tiles_n * s.groups;
@@ -174,27 +273,102 @@ void grad_weight(const ConvGradWeight& p, Workspace& workspace, Stream stream) {
       w.first_split = static_cast<int>(i * w.splits);
       launch({"conv_grad_weight", static_cast<unsigned>(to_int(tiles * w.splits, "blocks")), S::kThreads, stream,
               kProductBytes<S>},
-             conv_weight<C, S>, w);
+             planes ? conv_weight_planes<C, S> : conv_weight<C, S>, w);
       w.grad = static_cast<const T*>(w.grad) + together * grad.image;
       w.x = static_cast<const T*>(w.x) + together * x.image;
     }
   });
-  if (workspace.counts()) return;
+  return w.partial;
+}
+
+// Adds them up; `padded`: columns of a tap.
+template <class T>
+void add_shares(const ConvGradWeight& p, const Partial& partial, int64_t padded, Stream stream) {
+  const ConvShape& s = p.shape;
+  const int64_t taps = s.kernel[0] * s.kernel[1] * s.kernel[2];
   Target to{};
   to.data = p.grad_weight, to.row = s.weight_strides[0], to.channel = s.weight_strides[1];
   for (int d = 0; d < 3; ++d) to.tap[d] = s.weight_strides[2 + d];
-  to.channels = static_cast<int>(s.in_channels), to.padded = x.channels;
-  to.tap_count = Divisor(static_cast<int>(taps)), to.taps = w.window.taps;
-  const int lines = to_int(s.groups * rows * taps, "filters' taps");
+  to.channels = static_cast<int>(s.in_channels), to.padded = static_cast<int>(padded);
+  to.tap_count = Divisor(static_cast<int>(taps));
+  to.taps = Coordinates(static_cast<int>(s.kernel[1]), static_cast<int>(s.kernel[2]));
+  const int lines = to_int(s.groups * s.out_channels * taps, "filters' taps");
   const int64_t tiles = (int64_t{lines} + kTile - 1) / kTile * ((s.in_channels + kTile - 1) / kTile);
   launch({"conv_grad_weight_shares", static_cast<unsigned>(to_int(tiles, "blocks")), kThreads, stream},
-         conv_weight_shares<T>, w.partial, to, lines);
+         conv_weight_shares<T>, partial, to, lines);
+}
+
+// ---- few terms -----------------------------------------------------------------------------------------------------
+
+struct Terms {
+  const float *grad, *x;
+  float* to;
+  int64_t grad_image, grad_pixel, grad_channel, x_channel;
+  int64_t row, channel, tap[3];  // strides of the weight
+  Window window;                 // of x
+  Divisor channels, taps, group_rows;
+  int terms;
+};
+
+// A thread sums up one element of the weight, of float32 results so few that products are not exact enough.
+__global__ void __launch_bounds__(kThreads) conv_weight_terms(Terms p, int64_t count) {
+  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < count; i += int64_t{gridDim.x} * kThreads) {
+    int channel = static_cast<int>(i), at[3], by[3];
+    int tap = p.channels.divide(channel);
+    const int row = p.taps.divide(tap), group = p.group_rows.quotient(row);
+    p.window.tap(tap, by);
+    p.window.taps(tap, at);
+    const int64_t to = row * p.row + channel * p.channel + at[0] * p.tap[0] + at[1] * p.tap[1] + at[2] * p.tap[2];
+    const float* const x = p.x + (group * p.channels.by + channel) * p.x_channel + p.window.moved(by);
+    float sum = 0.0f;
+    for (int term = 0; term < p.terms; ++term) {
+      int from[3], pixel = term;
+      const int64_t begin = p.window.begin(term, from), image = p.window.positions.divide(pixel);
+      const bool inside = p.window.inside(from, by);
+      const float value = load_global_if<1>(inside, x + begin)[0];
+      const float grad = load_global(p.grad + image * p.grad_image + pixel * p.grad_pixel + row * p.grad_channel);
+      if (inside) sum = fmaf(value, grad, sum);
+    }
+    store_global(p.to + to, sum);
+  }
+}
+
+void few_terms(const ConvGradWeight& p, Stream stream) {
+  const ConvShape& s = p.shape;
+  const Strides of_grad = strides_of(s.channels_last, s.groups * s.out_channels, s.out);
+  const Strides of_x = strides_of(s.channels_last, s.groups * s.in_channels, s.in);
+  const int64_t positions = s.out[0] * s.out[1] * s.out[2], taps = s.kernel[0] * s.kernel[1] * s.kernel[2];
+  Terms t{};
+  t.grad = static_cast<const float*>(p.grad), t.x = static_cast<const float*>(p.x);
+  t.to = static_cast<float*>(p.grad_weight);
+  t.grad_image = s.groups * s.out_channels * positions, t.grad_pixel = of_grad.at[2], t.grad_channel = of_grad.channel;
+  t.x_channel = of_x.channel;
+  t.row = s.weight_strides[0], t.channel = s.weight_strides[1];
+  for (int d = 0; d < 3; ++d) t.tap[d] = s.weight_strides[2 + d];
+  t.window = window_of({forward_axis(s, 0), forward_axis(s, 1), forward_axis(s, 2)}, of_x.at,
+                       s.groups * s.in_channels * s.in[0] * s.in[1] * s.in[2]);
+  t.channels = Divisor(static_cast<int>(s.in_channels)), t.taps = Divisor(static_cast<int>(taps));
+  t.group_rows = Divisor(static_cast<int>(s.out_channels));
+  t.terms = static_cast<int>(s.batch * positions);
+  const int count = to_int(s.groups * s.out_channels * s.in_channels * taps, "elements of a weight");
+  launch({"conv_grad_weight", blocks_for((int64_t{count} + kThreads - 1) / kThreads), kThreads, stream},
+         conv_weight_terms, t, count);
 }
 
 void grad_weight(const ConvGradWeight& p, Workspace& workspace, Stream stream) {
-  if (is_depthwise(p.shape)) return depthwise_grad_weight(p, workspace, stream);
-  with_arithmetic(p.shape.dtype, p.shape.tf32,
-                  [&](auto arithmetic) { grad_weight<decltype(arithmetic)>(p, workspace, stream); });
+  const ConvShape& s = p.shape;
+  if (is_depthwise(s)) return depthwise_grad_weight(p, workspace, stream);
+  if (s.dtype == Dtype::kFloat32 && s.batch * s.out[0] * s.out[1] * s.out[2] < kFewTerms) {
+    return workspace.counts() ? void() : few_terms(p, stream);
+  }
+  with_arithmetic(p.shape.dtype, p.shape.tf32, [&](auto arithmetic) {
+    using C = decltype(arithmetic);
+    using T = typename C::Storage;
+    const std::optional<Partial> few = few_weight(p, workspace, stream);
+    const int64_t width = few || is_planes<T>(p) ? s.in_channels : padded<T>(s.in_channels);
+    const Partial partial = few ? *few : shares<C>(p, width, workspace, stream);
+    if (!workspace.counts()) add_shares<T>(p, partial, width, stream);
+  });
 }
 
 }  // namespace

@@ -32,7 +32,7 @@ inline size_t shared_limit() { return simt::shared_limit(); }
 inline int64_t grid_limit() { return simt::grid_limit(); }
 
 // How many blocks it takes to occupy the device.
-inline int multiprocessors() { return 16; }
+inline int multiprocessors() { return static_cast<int>(simt::multiprocessors()); }
 
 // How many blocks of so many threads and so much shared memory a cooperative launch of the kernel may have; 0 where
 // the device takes none.

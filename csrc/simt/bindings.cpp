@@ -46,6 +46,8 @@ PYBIND11_MODULE(_simt, m) {
         "its "
         "address in this library.");
   m.def("reset_counters", &simt::reset_counters);
+  m.def("multiprocessors", &simt::multiprocessors, "How many the kernels choose their tiles and shares for.");
+  m.def("set_multiprocessors", &simt::set_multiprocessors, py::arg("count"));
   m.def("resident_limit", &simt::resident_limit, "The blocks that a cooperative launch may have.");
   m.def("set_resident_limit", &simt::set_resident_limit, py::arg("blocks"));
   m.def("shared_limit", &simt::shared_limit, "The bytes of shared memory that a block may have.");

@@ -87,6 +87,7 @@ struct Device {
   std::mt19937_64 random;
   size_t shared_limit = 99 << 10;  // the least of the architectures that the kernels are for
   unsigned grid_limit = 0x7fffffff;
+  unsigned multiprocessors = 16;
   unsigned resident_limit = 32;  // a few are enough to see several at work, and some with more than one share
   bool count = false;
   std::map<std::string, Counters> counters;
@@ -395,6 +396,8 @@ size_t shared_limit() { return device.shared_limit; }
 void set_shared_limit(size_t bytes) { device.shared_limit = bytes; }
 unsigned grid_limit() { return device.grid_limit; }
 void set_grid_limit(unsigned blocks) { device.grid_limit = blocks; }
+unsigned multiprocessors() { return device.multiprocessors; }
+void set_multiprocessors(unsigned count) { device.multiprocessors = count; }
 unsigned resident_limit() { return device.resident_limit; }
 void set_resident_limit(unsigned blocks) { device.resident_limit = blocks; }
 void set_counting(bool on) { device.count = on; }

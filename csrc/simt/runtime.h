@@ -64,6 +64,10 @@ void set_shared_limit(size_t bytes);
 unsigned grid_limit();
 void set_grid_limit(unsigned blocks);
 
+// What kernels choose their tiles and shares by.
+unsigned multiprocessors();
+void set_multiprocessors(unsigned count);
+
 // The blocks that a cooperative launch may have: those that run together.
 unsigned resident_limit();
 void set_resident_limit(unsigned blocks);

@@ -1,5 +1,5 @@
-// Convolution: every kind of tile, with and without shares of the depth, both memory formats, stride, padding,
-// dilation, groups, each epilogue; depthwise in every layout; forwards and both gradients.
+// Convolution: every way to bring the source and every kind of tile, with and without shares of the depth, both memory
+// formats, stride, padding, dilation, groups, each epilogue; depthwise in every layout; forwards and both gradients.
 #include <cmath>
 
 #include "driver.h"
@@ -12,24 +12,35 @@ using fastnets::ConvShape;
 
 struct Shape {
   const char* name;
+  unsigned multiprocessors;  // tiles are large where these are one, the depth is shared out where they are many
   bool channels_last;
   int64_t batch, groups, channels, results;  // of a group
   int64_t in[3], kernel[3], stride[3], padding[3], dilation[3];
 };
 
 constexpr Shape kShapes[] = {
-    {"2d", false, 2, 1, 20, 10, {1, 6, 5}, {1, 3, 3}, {1, 1, 1}, {0, 1, 1}, {1, 1, 1}},
-    {"2d, channels last", true, 2, 1, 16, 12, {1, 6, 5}, {1, 3, 3}, {1, 1, 1}, {0, 1, 1}, {1, 1, 1}},
-    {"groups, stride, dilation", true, 1, 2, 9, 7, {1, 9, 8}, {1, 3, 2}, {1, 2, 3}, {0, 2, 1}, {1, 2, 1}},
-    {"3d", false, 1, 1, 3, 5, {4, 5, 3}, {2, 3, 2}, {2, 1, 1}, {1, 1, 0}, {1, 1, 2}},
-    {"shares of the depth", false, 1, 1, 72, 6, {1, 4, 4}, {1, 3, 3}, {1, 1, 1}, {0, 1, 1}, {1, 1, 1}},
-    {"many channels", true, 1, 1, 72, 66, {1, 1, 9}, {1, 1, 1}, {1, 1, 1}, {0, 0, 0}, {1, 1, 1}},
-    {"few channels", false, 1, 1, 2, 130, {1, 1, 17}, {1, 1, 3}, {1, 1, 2}, {0, 0, 1}, {1, 1, 1}},
-    {"depthwise", false, 2, 5, 1, 1, {1, 7, 6}, {1, 3, 3}, {1, 1, 1}, {0, 1, 1}, {1, 1, 1}},
-    {"depthwise, channels last", true, 2, 16, 1, 1, {1, 7, 6}, {1, 3, 4}, {1, 2, 1}, {0, 1, 1}, {1, 1, 2}},
-    {"depthwise, odd channels last", true, 1, 5, 1, 1, {2, 3, 6}, {2, 1, 3}, {1, 1, 1}, {0, 0, 1}, {1, 1, 1}},
-    {"depthwise times 2", true, 1, 4, 1, 2, {1, 5, 6}, {1, 3, 3}, {1, 2, 1}, {0, 1, 1}, {1, 1, 1}},
-    {"depthwise times 3", false, 1, 4, 1, 3, {1, 5, 6}, {1, 2, 3}, {1, 1, 2}, {0, 1, 1}, {1, 1, 1}},
+    {"held small", 16, true, 2, 1, 16, 12, {1, 6, 5}, {1, 3, 3}, {1, 1, 1}, {0, 1, 1}, {1, 1, 1}},
+    {"1 x 1, planes", 16, false, 2, 1, 20, 10, {1, 4, 3}, {1, 1, 1}, {1, 1, 1}, {0, 0, 0}, {1, 1, 1}},
+    {"held small, planes", 16, false, 2, 1, 20, 10, {1, 6, 5}, {1, 3, 3}, {1, 1, 1}, {0, 1, 1}, {1, 1, 1}},
+    {"held wide", 1, true, 1, 1, 24, 72, {1, 4, 33}, {1, 1, 2}, {1, 1, 1}, {0, 0, 1}, {1, 1, 1}},
+    {"held tall", 1, true, 1, 1, 16, 9, {1, 9, 29}, {1, 2, 1}, {1, 1, 1}, {0, 1, 0}, {1, 1, 1}},
+    {"held middle, two fillings", 1, true, 1, 1, 72, 9, {1, 4, 8}, {1, 1, 3}, {1, 1, 1}, {0, 0, 1}, {1, 1, 1}},
+    {"groups, stride, dilation", 16, true, 1, 2, 9, 7, {1, 9, 8}, {1, 3, 2}, {1, 2, 3}, {0, 2, 1}, {1, 2, 1}},
+    {"3d", 16, false, 1, 1, 5, 6, {4, 5, 3}, {2, 3, 2}, {2, 1, 1}, {1, 1, 0}, {1, 1, 2}},
+    {"3d, held in two planes", 16, true, 1, 1, 8, 6, {3, 4, 3}, {2, 3, 3}, {1, 1, 1}, {1, 1, 1}, {1, 1, 1}},
+    {"shares of the depth", 16, true, 1, 1, 72, 6, {1, 4, 4}, {1, 3, 3}, {1, 1, 1}, {0, 1, 1}, {1, 1, 1}},
+    {"1 x 1, shares", 16, false, 1, 1, 520, 6, {1, 2, 4}, {1, 1, 1}, {1, 1, 1}, {0, 0, 0}, {1, 1, 1}},
+    {"1 x 1, wide", 1, true, 1, 1, 72, 66, {1, 1, 19}, {1, 1, 1}, {1, 1, 1}, {0, 0, 0}, {1, 1, 1}},
+    {"1 x 1, planes, wide", 1, false, 1, 1, 9, 66, {1, 2, 16}, {1, 1, 1}, {1, 1, 1}, {0, 0, 0}, {1, 1, 1}},
+    {"1 x 1, tall", 1, true, 1, 1, 40, 6, {1, 1, 13}, {1, 1, 1}, {1, 1, 2}, {0, 0, 0}, {1, 1, 1}},
+    {"few channels", 1, false, 1, 1, 2, 10, {1, 9, 21}, {1, 3, 3}, {1, 1, 2}, {0, 1, 1}, {1, 1, 1}},
+    {"few channels, wide, deep", 1, true, 2, 1, 3, 34, {1, 6, 7}, {1, 5, 5}, {1, 1, 1}, {0, 2, 2}, {1, 1, 1}},
+    {"few terms", 16, true, 1, 2, 3, 5, {1, 2, 3}, {1, 2, 1}, {1, 1, 1}, {0, 0, 0}, {1, 1, 1}},
+    {"depthwise", 16, false, 2, 5, 1, 1, {1, 7, 6}, {1, 3, 3}, {1, 1, 1}, {0, 1, 1}, {1, 1, 1}},
+    {"depthwise, channels last", 16, true, 2, 16, 1, 1, {1, 7, 6}, {1, 3, 4}, {1, 2, 1}, {0, 1, 1}, {1, 1, 2}},
+    {"depthwise, odd channels last", 16, true, 1, 5, 1, 1, {2, 3, 6}, {2, 1, 3}, {1, 1, 1}, {0, 0, 1}, {1, 1, 1}},
+    {"depthwise times 2", 16, true, 1, 4, 1, 2, {1, 5, 6}, {1, 3, 3}, {1, 2, 1}, {0, 1, 1}, {1, 1, 1}},
+    {"depthwise times 3", 16, false, 1, 4, 1, 3, {1, 5, 6}, {1, 2, 3}, {1, 1, 2}, {0, 1, 1}, {1, 1, 1}},
 };
 
 int64_t volume(const int64_t* sizes) { return sizes[0] * sizes[1] * sizes[2]; }
@@ -111,7 +122,7 @@ struct Tensors {
   Tensor x, weight, y;
 
   Tensors(const Shape& of, Dtype dtype, bool tf32)
-      : s(shape_of(of, dtype, tf32)),
+      : s((simt::set_multiprocessors(of.multiprocessors), shape_of(of, dtype, tf32))),
         x_count(s.batch * s.groups * s.in_channels * volume(s.in)),
         y_count(s.batch * s.groups * s.out_channels * volume(s.out)),
         weight_count(s.groups * s.out_channels * s.in_channels * volume(s.kernel)),

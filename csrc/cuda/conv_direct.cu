@@ -1,7 +1,8 @@
-// Depthwise convolution: a group is one channel of the source (forwards) or of the result (backwards to it), so a
-// product has nothing to share and memory is the bound. Direct: a thread holds the sums of a few pixels; what
-// neighbouring taps read again comes from the L1 cache. With channels innermost a thread has 16 bytes of channels,
-// else a warp has pixels of one plane.
+// Convolution without products of matrices. Depthwise: a group is one channel of the source (forwards) or of the result
+// (backwards to it), so a product has nothing to share and memory is the bound. And float32 sums of so few terms that
+// those of three TF32 products would be worse than their rounding. A thread holds the sums of a few pixels; what
+// neighbouring taps read again comes from the L1 cache. With channels innermost a thread has 16 bytes of channels, else
+// a warp has pixels of one plane.
 #include "conv_output.h"
 #include "reduce.h"
 
@@ -11,15 +12,14 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kPixels = 4;  // of a thread, which share the loads of the weight
 
-struct Depthwise {
+struct Direct {
   const void* source;
-  const void* weight;  // [taps, channels of the larger side]
+  const void* weight;  // [passes, taps, channels of the result]
   Window window;
   int tap_count[3];
   int64_t source_channel;  // stride
   Output output;           // columns: all channels
-  int weight_channels;
-  // Result channel c takes source channel c / repeat or, where passes > 1, channels c * passes and following.
+  // Result channel c takes source channels c / repeat * passes and following.
   Divisor repeat;
   int passes;
   int chunks, tiles;  // of the channels, of the pixels
@@ -30,7 +30,7 @@ template <int V, bool Innermost>
 struct Place {
   int channel, first, step;  // rows first + j * step, j < kPixels
 
-  __device__ __forceinline__ Place(const Depthwise& p, int64_t piece) {
+  __device__ __forceinline__ Place(const Direct& p, int64_t piece) {
     if constexpr (Innermost) {  // neighbouring threads: neighbouring channels
       channel = static_cast<int>(piece % p.chunks) * V;
       first = static_cast<int>(piece / p.chunks) * kPixels;
@@ -46,7 +46,7 @@ struct Place {
       left = p.window.positions.by - pixel;
     }
   }
-  __device__ __forceinline__ bool exists(const Depthwise& p, int j) const {
+  __device__ __forceinline__ bool exists(const Direct& p, int j) const {
     return Innermost ? first + j < p.output.rows : j * 32 < left;
   }
 
@@ -56,7 +56,7 @@ struct Place {
 
 // Three blocks a multiprocessor, two where vectors are held: the bound that ptxas sets itself on sm_100 spills.
 template <class T, int V, bool Innermost>
-__global__ void __launch_bounds__(kThreads, V == 1 ? 3 : 2) conv_depthwise(Depthwise p, int64_t pieces) {
+__global__ void __launch_bounds__(kThreads, V == 1 ? 3 : 2) conv_direct(Direct p, int64_t pieces) {
   for (int64_t piece = int64_t{blockIdx.x} * kThreads + threadIdx.x; piece < pieces;
        piece += int64_t{gridDim.x} * kThreads) {
     const Place<V, Innermost> place(p, piece);
@@ -69,16 +69,16 @@ __global__ void __launch_bounds__(kThreads, V == 1 ? 3 : 2) conv_depthwise(Depth
       exists[j] = place.exists(p, j);
       begin[j] = p.window.begin(exists[j] ? place.first + j * place.step : 0, at[j]);
     }
+    const T* weight = static_cast<const T*>(p.weight) + place.channel;
     for (int pass = 0; pass < p.passes; ++pass) {
-      const int channel = p.passes > 1 ? place.channel * p.passes + pass : p.repeat.quotient(place.channel);
+      const int channel = p.repeat.quotient(place.channel) * p.passes + pass;
       const T* const source = static_cast<const T*>(p.source) + channel * p.source_channel;
-      const T* weight = static_cast<const T*>(p.weight) + (p.passes > 1 ? channel : place.channel);
       int by[3];
       for (int d = 0; d < p.tap_count[0]; ++d) {
         by[0] = d * p.window.tap_step[0];
         for (int h = 0; h < p.tap_count[1]; ++h) {
           by[1] = h * p.window.tap_step[1];
-          for (int w = 0; w < p.tap_count[2]; ++w, weight += p.weight_channels) {
+          for (int w = 0; w < p.tap_count[2]; ++w, weight += p.output.columns) {
             by[2] = w * p.window.tap_step[2];
             const Vector<T, V> factor = load_global<V>(weight);
             const int64_t moved = p.window.moved(by);
@@ -187,46 +187,54 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// The weight as [taps of the phase, channels].
+// The weight as [source channels of a group, taps of the phase, channels of the result].
 template <class T>
 const void* weight_of(const Phase& phase, const ConvGather& p, int channels, Workspace& workspace, Stream stream) {
-  void* const memory = workspace.take(phase.taps() * channels * sizeof(T));
+  const ConvShape& s = p.shape;
+  void* const memory = workspace.take(phase.source_channels * phase.taps() * channels * sizeof(T));
   if (workspace.counts()) return memory;
+  const int64_t group = s.out_channels * s.weight_strides[0];
   Layout q{};
   q.from = p.weight, q.to = memory;
-  q.outer = q.inner = 1, q.channels = q.padded = channels;
-  q.from_channel = p.shape.weight_strides[0], q.to_pixel = channels;
-  fill_taps(q, phase, p.shape, sizeof(T));
-  arrange(p.shape.dtype, q, stream);
+  q.outer = static_cast<int>(phase.source_channels), q.inner = static_cast<int>(s.groups);
+  q.channels = static_cast<int>(phase.channels);
+  q.from_outer = phase.source_stride, q.from_inner = group, q.from_channel = phase.result_stride;
+  q.to_outer = phase.taps() * channels, q.to_inner = phase.channels, q.to_pixel = channels;
+  if (phase.channels == 1 || group == phase.channels * phase.result_stride) {  // all groups are one line
+    q.inner = 1, q.channels = channels;
+    if (phase.channels == 1) q.from_channel = group;
+  }
+  q.padded = q.channels;
+  fill_taps(q, phase, s, sizeof(T));
+  arrange(s.dtype, q, stream);
   return memory;
 }
 
 template <class T>
 void gather(const Phase& one, const ConvGather& p, const char* name, Workspace& workspace, Stream stream) {
   const ConvShape& s = p.shape;
-  const int channels = to_int(s.groups * s.out_channels, "channels");
+  const int channels = to_int(s.groups * one.channels, "channels");
+  const void* const weight = weight_of<T>(one, p, channels, workspace, stream);
+  if (workspace.counts()) return;
   Phase phase = one;  // all groups at once
   phase.source_channels *= s.groups, phase.channels *= s.groups;
   ConvGather all = p;
   all.shape.groups = 1;
-  Depthwise d{};
-  d.weight = weight_of<T>(phase, p, channels, workspace, stream);
-  if (workspace.counts()) return;
-  d.weight_channels = channels;
-  d.source = p.source;
+  Direct d{};
+  d.weight = weight, d.source = p.source;
   const Strides strides = strides_of(s.channels_last, phase.source_channels, phase.source_sizes);
   const int64_t pixels = phase.source_sizes[0] * phase.source_sizes[1] * phase.source_sizes[2];
   d.window = window_of(phase.axes, strides.at, phase.source_channels * pixels);
   d.source_channel = strides.channel;
   for (int i = 0; i < 3; ++i) d.tap_count[i] = static_cast<int>(phase.axes[i].taps);
   d.output = output_of(phase, all, sizeof(T));
-  d.repeat = Divisor(phase.forwards ? static_cast<int>(s.out_channels) : 1);
-  d.passes = phase.forwards ? 1 : static_cast<int>(s.out_channels);
+  d.repeat = Divisor(static_cast<int>(one.channels)), d.passes = static_cast<int>(one.source_channels);
   const uint64_t bits = reinterpret_cast<uintptr_t>(p.source) | reinterpret_cast<uintptr_t>(p.result) |
                         reinterpret_cast<uintptr_t>(p.residual) | reinterpret_cast<uintptr_t>(p.kept);
-  const bool vectors = s.channels_last && s.out_channels == 1 && channels % kChunk<T> == 0 && bits % 16 == 0;
+  const bool vectors =
+      s.channels_last && one.channels == 1 && d.passes == 1 && channels % kChunk<T> == 0 && bits % 16 == 0;
 
-  const int64_t together = std::min(s.batch, (kLimit - 1) / phase.positions());
+  const int64_t together = images_together(phase, s.batch);
   for (int64_t image = 0; image < s.batch; image += together) {
     const int64_t images = std::min(together, s.batch - image), rows = images * phase.positions();
     d.output.rows = static_cast<int>(rows);
@@ -237,14 +245,14 @@ void gather(const Phase& one, const ConvGather& p, const char* name, Workspace& 
       d.chunks = d.output.columns / (vectors ? kChunk<T> : 1);
       const int64_t count = (rows + kPixels - 1) / kPixels * d.chunks;
       if (vectors) {
-        start(conv_depthwise<T, kChunk<T>, true>, count);
+        start(conv_direct<T, kChunk<T>, true>, count);
       } else {
-        start(conv_depthwise<T, 1, true>, count);
+        start(conv_direct<T, 1, true>, count);
       }
     } else {
       d.tiles = static_cast<int>((phase.positions() + 32 * kPixels - 1) / (32 * kPixels));
       to_int(images * d.output.columns, "planes");
-      start(conv_depthwise<T, 1, false>, images * d.output.columns * d.tiles * 32);
+      start(conv_direct<T, 1, false>, images * d.output.columns * d.tiles * 32);
     }
     d.source = static_cast<const T*>(d.source) + together * d.window.image;
     d.output.first += together * d.output.image;
@@ -306,7 +314,7 @@ void grad_weight(const ConvGradWeight& p, Workspace& workspace, Stream stream) {
 
 }  // namespace
 
-void depthwise_gather(const Phase& phase, const ConvGather& p, const char* name, Workspace& workspace, Stream stream) {
+void direct_gather(const Phase& phase, const ConvGather& p, const char* name, Workspace& workspace, Stream stream) {
   with_storage(p.shape.dtype, [&](auto kind) { gather<decltype(kind)>(phase, p, name, workspace, stream); });
 }
 

@@ -1,0 +1,18 @@
+// Backwards to the weight: what its kernels share.
+#pragma once
+
+#include <optional>
+
+#include "conv_product.h"
+
+namespace fastnets::cuda {
+
+// As many images a launch as 32 bits can number the results of.
+inline int64_t images_together(const ConvShape& s) {
+  return std::min(s.batch, (kLimit - 1) / std::max<int64_t>(s.out[0] * s.out[1] * s.out[2], 1));
+}
+
+// Few channels of x (conv_few_weight.cu): the shares of the sums, nothing where there are more or they do not fit.
+std::optional<Partial> few_weight(const ConvGradWeight& p, Workspace& workspace, Stream stream);
+
+}  // namespace fastnets::cuda

@@ -51,6 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--op", action="append", metavar="OP", help="only this family; may be repeated")
     parser.add_argument("--kernel", metavar="TEXT", help="only kernels whose name contains TEXT")
+    parser.add_argument(
+        "--networks",
+        action="store_true",
+        help="as shapes every convolution of ResNet-50, MobileNet-V2 and our networks",
+    )
     parser.add_argument("--static", action="store_true", help="machine code only, no shapes on the SIMT device")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write every figure to FILE")
     parser.add_argument("--snapshot", type=Path, metavar="DIR", help="compare with the figures in DIR, a file a family")
@@ -96,7 +101,8 @@ def _counted(
     args: argparse.Namespace, progress_on: Console
 ) -> tuple[list[_workloads.Counts], dict[str, _workloads.Launch]]:
     """The counts of every stated shape, and how every kernel is launched."""
-    stated = [] if args.static or args.snapshot else _workloads.workloads()
+    shapes = _workloads.networks if args.networks else _workloads.workloads
+    stated = [] if args.static or args.snapshot else shapes()
     tasks = [(w, shown) for shown, ws in ((False, _workloads.probes()), (True, stated)) for w in ws]
     tasks = [task for task in tasks if not args.op or task[0].op in args.op]
     counts: list[_workloads.Counts] = []

@@ -1,17 +1,22 @@
 """The shapes that `inspect` states figures of: a module a family, with `workloads()` and `probes()`."""
 
-from . import attention, softmax
+from . import attention, conv, softmax
 from .counting import Counts, Launch, Workload, measured, missing
 
-__all__ = ["FAMILIES", "Counts", "Launch", "Workload", "measured", "missing", "probes", "workloads"]
+__all__ = ["FAMILIES", "Counts", "Launch", "Workload", "measured", "missing", "networks", "probes", "workloads"]
 
-FAMILIES = {"softmax": softmax, "attention": attention}
+FAMILIES = {"softmax": softmax, "attention": attention, "conv": conv}
 """A family without a row here has neither launches nor traffic in the tables."""
 
 
 def workloads() -> list[Workload]:
     """Every stated shape."""
     return [workload for family in FAMILIES.values() for workload in family.workloads()]
+
+
+def networks() -> list[Workload]:
+    """Every convolution of known networks; minutes."""
+    return list(conv.networks())
 
 
 def probes() -> list[Workload]:

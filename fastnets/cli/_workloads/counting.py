@@ -1,14 +1,14 @@
 """Runs a shape on the SIMT device with its counters on: what the kernels do to memory, exactly.
 
-A shape is run once and stands for `copies` of it (rows, or heads of a batch): blocks do not share work, so that every
-count is that many times as large.
+A shape is run once and stands for `copies` of it (rows, heads of a batch, images): blocks do not share work, so that
+every count is that many times as large.
 """
 
 import dataclasses
 import functools
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,16 @@ from .._gpu import Work
 from .._machine_code import signature
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Gradient(NamedTuple):
+    """One of several gradients that are stated apart."""
+
+    name: str
+    of: str
+    """An input."""
+    reads: tuple[str, ...]
+    """The inputs that it takes, beside the result's gradient."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +50,10 @@ class Workload:
     """Bytes of one copy that the forward pass writes for the backward pass alone, which reads them."""
     deterministic: bool = False
     """Whether the gradient's bits must be the same in every run."""
+    common: frozenset[str] = frozenset()
+    """The inputs that all copies share: weights."""
+    gradients: tuple[Gradient, ...] | None = None
+    """Each is a pass of its own; None: one backward pass gives them all."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +62,7 @@ class Counts:
 
     workload: Workload
     direction: str
-    """forward or backward."""
+    """forward, backward or a gradient's name."""
     launches: tuple[str, ...]
     counters: Mapping[str, int]
     fewest_bytes: int
@@ -121,26 +135,40 @@ def measured(workload: Workload) -> tuple[list[Counts], dict[str, Launch]]:
             name: workload.copies * sum(counters[name] for counters in found.values())
             for name in next(iter(found.values()))
         }
-        counts.append(Counts(workload, direction, tuple(sorted(found)), total, workload.copies * fewest))
+        counts.append(Counts(workload, direction, tuple(sorted(found)), total, fewest))
         for place, threads, shared in _simt.launched():
             launches[signature(_symbols()[place])] = Launch(threads, shared)
         _simt.reset_counters()
 
+    def call(wanted: Iterable[str]) -> tuple[list[Tensor], Tensor]:
+        """The inputs whose gradients are wanted, and the result."""
+        given = {name: t.detach().requires_grad_(name in wanted) for name, t in inputs.items()}
+        return [given[name] for name in wanted], workload.call(**given)
+
     torch.manual_seed(0)
     inputs = workload.inputs()
-    leaves = [t.requires_grad_() for t in inputs.values() if t.is_floating_point()]
+    floating = [name for name, t in inputs.items() if t.is_floating_point()]
+    of = {name: t.nbytes * (1 if name in workload.common else workload.copies) for name, t in inputs.items()}
+    saved = workload.saved * workload.copies
     _simt.reset_counters()
     _simt.set_counting(True)
     try:
         with dispatch.backend("simt"), testing.deterministic(workload.deterministic):
-            result = workload.call(**inputs)
-            in_and_out = sum(t.nbytes for t in inputs.values()) + result.nbytes
-            finish("forward", in_and_out + workload.saved)
-            gradients = torch.autograd.grad(result, leaves, torch.randn_like(result))
-            written = result.nbytes + sum(t.nbytes for t in gradients)
-            # What the gradient needs: the result (softmax), or the inputs as well (attention).
-            read = result.nbytes if not workload.recomputes else in_and_out + workload.saved
-            finish("backward", read + written)
+            leaves, result = call(floating)
+            out = result.nbytes * workload.copies
+            finish("forward", sum(of.values()) + out + saved)
+            if workload.gradients is None:
+                torch.autograd.grad(result, leaves, torch.randn_like(result))
+                # What the gradient needs: the result (softmax), or the inputs as well (attention).
+                read = out if not workload.recomputes else sum(of.values()) + out + saved
+                finish("backward", read + out + sum(of[name] for name in floating))
+            for gradient in workload.gradients or ():
+                _simt.set_counting(False)
+                leaves, result = call([gradient.of])
+                _simt.reset_counters()
+                _simt.set_counting(True)
+                torch.autograd.grad(result, leaves, torch.randn_like(result))
+                finish(gradient.name, out + sum(of[name] for name in (gradient.of, *gradient.reads)))
     finally:
         _simt.set_counting(False)
     return counts, launches

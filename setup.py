@@ -43,6 +43,9 @@ if platform.machine() in ("x86_64", "AMD64"):
         *INSTRUCTION_SETS["avx2"],
         *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"),
     ]
+    INSTRUCTION_SETS["avx512_bf16"] = [*INSTRUCTION_SETS["avx512"], "-mavx512bf16"]
+FAMILIES_OF = {"avx512_bf16": ("attention",)}
+"""The families that an instruction set has kernels for, where not all."""
 SIMT = "fastnets._simt"
 CUDA = "fastnets._C_cuda"
 CUDA_ARCHITECTURES = "8.0 8.6 8.9 9.0 10.0 12.0+PTX"
@@ -298,6 +301,7 @@ class BuildLibrary(build_ext):
             variants = {
                 name: " ".join([*KERNEL_FLAGS, f"-DFASTNETS_ISA={name}", *extra])
                 for name, extra in INSTRUCTION_SETS.items()
+                if path.stem.split("_")[0] in FAMILIES_OF.get(name, FAMILIES)
             }
             rule = "compile_cuda" if recipe.cuda and path.suffix == ".cu" else "compile"
             if path.name not in KERNELS:

@@ -70,6 +70,6 @@ STABLE_TORCH_LIBRARY(FASTNETS_LIBRARY, m) {
       "Tensor out, Tensor lse, Tensor? mask, Tensor? slopes, Tensor? seed, Tensor? starts_q, Tensor? starts_k, "
       "float scale, float softcap, int? left, int? right, int? offset, float dropout, bool tf32, "
       "bool bias_gradient, bool deterministic) -> (Tensor, Tensor, Tensor, Tensor)");
-  // The instruction set that the CPU kernels run on: 0 generic, 1 avx2, 2 avx512.
+  // The instruction set that the CPU kernels run on: 0 generic, 1 avx2, 2 avx512, 3 avx512_bf16.
   m.def("cpu_capability() -> int");
 }

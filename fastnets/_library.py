@@ -102,6 +102,9 @@ simt_missing: str | None = _load_simt()
 """Why the SIMT device is not there, or None when it is."""
 
 
+CPU_CAPABILITIES = ("generic", "avx2", "avx512", "avx512_bf16")
+
+
 def cpu_capability() -> str | None:
-    """The instruction set of the CPU kernels: generic, avx2 or avx512; None without the library."""
-    return None if missing is not None else ("generic", "avx2", "avx512")[torch.ops.fastnets.cpu_capability()]
+    """The instruction set of the CPU kernels, one of CPU_CAPABILITIES; None without the library."""
+    return None if missing is not None else CPU_CAPABILITIES[torch.ops.fastnets.cpu_capability()]

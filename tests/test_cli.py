@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from fastnets import dispatch, testing
+from fastnets import _library, dispatch, testing
 from fastnets.cli import main
 
 ONE_CASE = ["--op", "softmax", "--match", "5x37", "--dtype", "float32"]
@@ -50,7 +50,9 @@ def test_module_and_version():
     assert out.startswith("fastnets 0.")
 
 
-@pytest.mark.parametrize("command", [(), ("info",), ("verify",), ("bench",), ("train",), ("inspect",), ("wheel-check",)])
+@pytest.mark.parametrize(
+    "command", [(), ("info",), ("verify",), ("bench",), ("train",), ("inspect",), ("wheel-check",)]
+)
 def test_help(capsys, command):
     with pytest.raises(SystemExit) as stop:
         main([*command, "--help"])
@@ -69,7 +71,7 @@ def test_info_json(capsys):
     assert main(["info", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["versions"]["torch"] == torch.__version__
-    assert found["instruction_set"]["in_use"] in ("generic", "avx2", "avx512")
+    assert found["instruction_set"]["in_use"] in _library.CPU_CAPABILITIES
     assert [row["backend"] for row in found["backends"]] == list(dispatch.BACKENDS)
     assert {row["backend"]: row["reason"] for row in found["backends"] if not row["available"]} == {
         name: reason for name in dispatch.BACKENDS if (reason := dispatch.why_missing(name)) is not None

@@ -28,9 +28,8 @@ def test_operator(case: testing.Case, dtype: torch.dtype, backend: str):
     assert outcome.passed, f"{outcome.where}: error {outcome.error:.3g}, tolerance {outcome.tolerance:.3g}"
 
 
-INSTRUCTION_SETS = ("generic", "avx2", "avx512")
 # The best one, which this process runs on, has the tests above.
-OTHERS = INSTRUCTION_SETS[: INSTRUCTION_SETS.index(_library.cpu_capability() or "generic")]
+OTHERS = _library.CPU_CAPABILITIES[: _library.CPU_CAPABILITIES.index(_library.cpu_capability() or "generic")]
 
 
 @pytest.mark.parametrize("name", OTHERS)

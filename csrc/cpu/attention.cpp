@@ -14,38 +14,74 @@ constexpr double kLeastWork = 1 << 17;  // multiply-adds worth waking a thread f
 template <class T>
 struct Block {
   T *q, *out, *keys, *values, *scores, *largest, *sum, *keep;
+  T *rounded, *staged;  // of pairs: a group's weights, keys before they are transposed
 
   Block(const Attention& p, int64_t rows) {
     const int64_t counts[] = {rows * padded<T>(p.d), rows * padded<T>(p.dv), p.d * kKeys,     kKeys * padded<T>(p.dv),
-                              kGroupRows * kKeys,    padded<T>(rows),        padded<T>(rows), kKeys};
-    T** const pieces[] = {&q, &out, &keys, &values, &scores, &largest, &sum, &keep};
+                              kGroupRows * kKeys,    padded<T>(rows),        padded<T>(rows), kKeys,
+                              kGroupRows * kKeys,    kKeys * padded<T>(p.d)};
+    T** const pieces[] = {&q, &out, &keys, &values, &scores, &largest, &sum, &keep, &rounded, &staged};
     size_t bytes = 0;
     for (const int64_t count : counts) bytes += Arena::bytes<T>(count);
     Arena arena(0, bytes);
-    for (int i = 0; i < 8; ++i) *pieces[i] = arena.take<T>(counts[i]);
+    for (int i = 0; i < 10; ++i) *pieces[i] = arena.take<T>(counts[i]);
+  }
+};
+
+// q, and its scores with a block of keys: of pairs, unscaled until then.
+template <class T, bool kPairs>
+struct Queries {
+  const Attention& p;
+  const Scoring<T>& scoring;
+  const Block<T>& at;
+  const int64_t depth, width;
+
+  Queries(const Attention& params, const Scoring<T>& how, const Block<T>& scratch)
+      : p(params), scoring(how), at(scratch), depth(kPairs ? words(p.d) : p.d), width(padded<T>(depth)) {}
+
+  void load(const Head& h, int64_t begin, int64_t rows) const {
+    if constexpr (kPairs) return load_words(p.q.data, h.at_q(p.q, begin), p.q.row, rows, p.d, at.q);
+    load_rows<T>(p.dtype, p.q.data, h.at_q(p.q, begin), p.q.row, rows, p.d, scoring.q_factor, at.q);
+  }
+  void load_keys(const Head& h, int64_t j0, int64_t keys) const {
+    if constexpr (kPairs) {
+      load_words(p.k.data, h.at_k(p.k, j0), p.k.row, keys, p.d, at.staged);
+      return load_transposed<T>(Dtype::kFloat32, at.staged, 0, width, keys, depth, at.keys);
+    }
+    load_transposed<T>(p.dtype, p.k.data, h.at_k(p.k, j0), p.k.row, keys, p.d, at.keys);
+  }
+  // Of rows from ... from + count against n of the keys.
+  FASTNETS_INLINE void score(int64_t from, int64_t count, int64_t n) const {
+    group_product<T, kPairs>(count, n, depth, {at.q + from * width, width, 1}, at.keys, kKeys, at.scores, kKeys,
+                             nullptr, kPairs ? scoring.q_factor : T(1));
   }
 };
 
 // Rows begin ... end of one head.
-template <class T>
+template <class T, bool kPairs>
 void forward_rows(const AttentionForward& p, const Head& h, int64_t begin, int64_t end) {
   const Scoring<T> scoring(p);
-  const int64_t rows = end - begin, width = padded<T>(p.d), out_width = padded<T>(p.dv);
+  const int64_t rows = end - begin, out_width = padded<T>(p.dv);
   const Block<T> at(p, rows);
-  load_rows<T>(p.dtype, p.q.data, h.at_q(p.q, begin), p.q.row, rows, p.d, scoring.q_factor, at.q);
+  const Queries<T, kPairs> queries(p, scoring, at);
+  queries.load(h, begin, rows);
   for (int64_t r = 0; r < rows; ++r) at.largest[r] = kMinusInfinity<T>, at.sum[r] = T(0);
   for (int64_t x = 0; x < rows * out_width; x += kLanes<T>) store(at.out + x, Vec<T>{});
 
   const Span span = visible(p, h, begin, end);
   for (int64_t j0 = span.first / kKeys * kKeys; j0 < span.last; j0 += kKeys) {
     const int64_t keys = smaller(kKeys, span.last - j0);
-    load_transposed<T>(p.dtype, p.k.data, h.at_k(p.k, j0), p.k.row, keys, p.d, at.keys);
-    load_rows<T>(p.dtype, p.v.data, h.at_k(p.v, j0), p.v.row, keys, p.dv, T(1), at.values);
+    queries.load_keys(h, j0, keys);
+    if constexpr (kPairs) {
+      load_row_pairs(p.v.data, h.at_k(p.v, j0), p.v.row, keys, p.dv, at.values);
+    } else {
+      load_rows<T>(p.dtype, p.v.data, h.at_k(p.v, j0), p.v.row, keys, p.dv, T(1), at.values);
+    }
     in_groups(rows, [&](int64_t from, int64_t to) {
       const Span seen = visible(p, h, begin + from, begin + to);
       const int64_t n = smaller(keys, seen.last - j0), count = to - from;
       if (n <= 0 || seen.first >= j0 + keys) return;
-      group_product<T>(count, n, p.d, {at.q + from * width, width, 1}, at.keys, kKeys, at.scores, kKeys, nullptr);
+      queries.score(from, count, n);
       alignas(64) T shrink[16] = {}, sums[kGroupRows];
       for (int64_t r = 0; r < count; ++r) {
         T* s = at.scores + r * kKeys;
@@ -59,8 +95,15 @@ void forward_rows(const AttentionForward& p, const Head& h, int64_t begin, int64
       }
       for (int64_t r = 0; r < count; r += kLanes<T>) store(shrink + r, exp2<T>(load(shrink + r)));
       for (int64_t r = 0; r < count; ++r) at.sum[from + r] = at.sum[from + r] * shrink[r] + sums[r];
-      group_product<T>(count, p.dv, n, {at.scores, kKeys, 1}, at.values, out_width, at.out + from * out_width,
-                       out_width, shrink);
+      const T* weights = at.scores;
+#if defined(__AVX512BF16__)
+      if constexpr (kPairs) {
+        for (int64_t r = 0; r < count; ++r) round_words(at.scores + r * kKeys, n, at.rounded + r * kKeys);
+        weights = at.rounded;
+      }
+#endif
+      group_product<T, kPairs>(count, p.dv, kPairs ? words(n) : n, {weights, kKeys, 1}, at.values, out_width,
+                               at.out + from * out_width, out_width, shrink);
     });
   }
 
@@ -76,18 +119,19 @@ void forward_rows(const AttentionForward& p, const Head& h, int64_t begin, int64
 }
 
 // Rows begin ... end of one head's weights.
-template <class T>
+template <class T, bool kPairs>
 void weights_rows(const AttentionWeights& p, const Head& h, int64_t begin, int64_t end) {
   const Scoring<T> scoring(p);
-  const int64_t rows = end - begin, width = padded<T>(p.d);
+  const int64_t rows = end - begin;
   const Block<T> at(p, rows);
-  load_rows<T>(p.dtype, p.q.data, h.at_q(p.q, begin), p.q.row, rows, p.d, scoring.q_factor, at.q);
+  const Queries<T, kPairs> queries(p, scoring, at);
+  queries.load(h, begin, rows);
   const T* lse = static_cast<const T*>(p.lse) + h.at_lse(p, begin);
   for (int64_t j0 = 0; j0 < h.lk; j0 += kKeys) {
     const int64_t n = smaller(kKeys, h.lk - j0);
-    load_transposed<T>(p.dtype, p.k.data, h.at_k(p.k, j0), p.k.row, n, p.d, at.keys);
+    queries.load_keys(h, j0, n);
     in_groups(rows, [&](int64_t from, int64_t to) {
-      group_product<T>(to - from, n, p.d, {at.q + from * width, width, 1}, at.keys, kKeys, at.scores, kKeys, nullptr);
+      queries.score(from, to - from, n);
       for (int64_t r = from; r < to; ++r) {
         T* s = at.scores + (r - from) * kKeys;
         if (scoring.cap != T(0)) scoring.squash(s, n);
@@ -132,14 +176,18 @@ void over_blocks(const Attention& p, const Body& body) {
 }  // namespace
 
 void attention_forward(const AttentionForward& p) {
-  with_compute(p.dtype, [&](auto kind) {
-    over_blocks(p, [&](const Head& h, int64_t begin, int64_t end) { forward_rows<decltype(kind)>(p, h, begin, end); });
+  with_compute(p.dtype, [&](auto kind, auto pairs) {
+    over_blocks(p, [&](const Head& h, int64_t begin, int64_t end) {
+      forward_rows<decltype(kind), pairs.value>(p, h, begin, end);
+    });
   });
 }
 
 void attention_weights(const AttentionWeights& p) {
-  with_compute(p.dtype, [&](auto kind) {
-    over_blocks(p, [&](const Head& h, int64_t begin, int64_t end) { weights_rows<decltype(kind)>(p, h, begin, end); });
+  with_compute(p.dtype, [&](auto kind, auto pairs) {
+    over_blocks(p, [&](const Head& h, int64_t begin, int64_t end) {
+      weights_rows<decltype(kind), pairs.value>(p, h, begin, end);
+    });
   });
 }
 

@@ -13,6 +13,12 @@ constexpr int kGroupRows = 6;  // rows in a register tile
 constexpr int kTileVecs = kVectorBytes == 64 ? 4 : 2;
 constexpr double kLog2E = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
 
+#if defined(__AVX512BF16__)
+constexpr bool kHasPairs = true;
+#else
+constexpr bool kHasPairs = false;
+#endif
+
 template <class T>
 constexpr T kMinusInfinity = sizeof(T) == 8 ? T(-__builtin_inf()) : T(-__builtin_inff());
 template <class T>
@@ -88,13 +94,15 @@ FASTNETS_INLINE void with_stored(Dtype dtype, Body&& body) {
   }
 }
 
-// Calls body(T{}) with the type that arithmetic on dtype runs in.
+// Calls body(T{}, pairs) with the type that arithmetic on dtype runs in, and whether it is done in pairs.
 template <class Body>
 FASTNETS_INLINE void with_compute(Dtype dtype, Body&& body) {
-  if (dtype == Dtype::kFloat64) {
-    body(double{});
+  if (kHasPairs && dtype == Dtype::kBFloat16) {
+    body(float{}, std::bool_constant<kHasPairs>{});
+  } else if (dtype == Dtype::kFloat64) {
+    body(double{}, std::false_type{});
   } else {
-    body(float{});
+    body(float{}, std::false_type{});
   }
 }
 
@@ -175,6 +183,81 @@ void store_rows(Dtype dtype, void* data, int64_t at, int64_t row, int64_t rows, 
   });
 }
 
+// ---- pairs of bfloat16 -----------------------------------------------------------------------------------------
+//
+// Where the processor has vdpbf16ps, an operand of bfloat16 stays what it is in memory: a word (a float by its size
+// only: no arithmetic touches it) holds two neighbours in depth, and one instruction multiplies and adds both.
+
+constexpr int64_t words(int64_t n) { return (n + 1) / 2; }
+
+// to[r][c] = the pair from[r][2 c], from[r][2 c + 1]; zeros up to the next full vector.
+inline void load_words(const void* data, int64_t at, int64_t row, int64_t rows, int64_t cols, float* to) {
+  const BFloat16* from = static_cast<const BFloat16*>(data) + at;
+  const int64_t width = padded<float>(words(cols));
+  for (int64_t r = 0; r < rows; ++r, from += row, to += width) {
+    const size_t size = static_cast<size_t>(cols) * sizeof(BFloat16);
+    std::memcpy(to, from, size);
+    std::memset(reinterpret_cast<char*>(to) + size, 0, static_cast<size_t>(width) * sizeof(float) - size);
+  }
+}
+
+// The pairs of two vectors, lane by lane; of floats that are bfloat16.
+FASTNETS_INLINE Vec<float> pair(Vec<float> first, Vec<float> second) {
+  const Vec<int32_t> low = reinterpret_cast<Vec<int32_t>>(first), high = reinterpret_cast<Vec<int32_t>>(second);
+  return reinterpret_cast<Vec<float>>((low >> 16 & 0xffff) | high);
+}
+
+// to[r][c] = the pair from[2 r][c], from[2 r + 1][c]; columns up to the next full vector, and a row past the last, are
+// zero.
+inline void load_row_pairs(const void* data, int64_t at, int64_t row, int64_t rows, int64_t cols, float* to) {
+  const BFloat16* from = static_cast<const BFloat16*>(data) + at;
+  for (int64_t r = 0; r < rows; r += 2, from += 2 * row, to += padded<float>(cols)) {
+    for (int64_t c = 0; c < cols; c += kLanes<float>) {
+      const int width = static_cast<int>(smaller(kLanes<float>, cols - c));
+      const Vec<float> second = r + 1 < rows ? load_partial(from + row + c, width) : Vec<float>{};
+      store(to + c, pair(load_partial(from + c, width), second));
+    }
+  }
+}
+
+#if defined(__AVX512BF16__)
+// to[c] = the pair from[2 c], from[2 c + 1], rounded; n is read in whole vectors.
+inline void round_words(const float* from, int64_t n, float* to) {
+  for (int64_t c = 0; c < n; c += 2 * kLanes<float>) {
+    const Vec<float> high = c + kLanes<float> < n ? load(from + c + kLanes<float>) : Vec<float>{};
+    const __m512bh rounded = _mm512_cvtne2ps_pbh(__m512(high), __m512(load(from + c)));
+    std::memcpy(to + c / 2, &rounded, sizeof rounded);
+  }
+}
+
+// to[r][c] = the pair from[2 r][c], from[2 r + 1][c], rounded; rows of kKeys, of which n columns are read in whole
+// vectors.
+inline void round_row_pairs(const float* from, int64_t rows, int64_t n, float* to) {
+  for (int64_t r = 0; r < rows; r += 2, from += 2 * kKeys, to += kKeys) {
+    for (int64_t c = 0; c < n; c += kLanes<float>) {
+      const Vec<float> second = r + 1 < rows ? load(from + kKeys + c) : Vec<float>{};
+      const __m512i both = __m512i(_mm512_cvtne2ps_pbh(__m512(second), __m512(load(from + c))));
+      const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(both));
+      const __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(both, 1));
+      store(to + c, Vec<float>(_mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)))));
+    }
+  }
+}
+#endif
+
+// a b + c; of pairs, both products.
+template <class T, bool kPairs>
+FASTNETS_INLINE Vec<T> multiply_add(T a, Vec<T> b, Vec<T> c) {
+#if defined(__AVX512BF16__)
+  if constexpr (kPairs) {
+    int32_t word;
+    std::memcpy(&word, &a, sizeof word);
+    return Vec<T>(_mm512_dpbf16_ps(__m512(c), __m512bh(_mm512_set1_epi32(word)), __m512bh(b)));
+  }
+#endif
+  return fma<T>(broadcast<T>(a), b, c);
+}
+
 // ---- the register tile -----------------------------------------------------------------------------------------
 
 // Left operand: element (r, k) is data[r * row + k * col].
@@ -184,9 +267,11 @@ struct Left {
   int64_t row, col;
 };
 
-// c[r][:] = factors[r] * c[r][:] + a b, for kRows rows and kVecs vectors; the first product where factors is null.
-template <class T, int kRows, int kVecs>
-void register_tile(int64_t depth, Left<T> left, const T* b, int64_t b_row, T* c, int64_t c_row, const T* factors) {
+// c[r][:] = factors[r] * c[r][:] + a b, for kRows rows and kVecs vectors; scale * a b where factors is null.
+// kPairs: a and b hold pairs, and depth counts them.
+template <class T, bool kPairs, int kRows, int kVecs>
+void register_tile(int64_t depth, Left<T> left, const T* b, int64_t b_row, T* c, int64_t c_row, const T* factors,
+                   T scale) {
   Vec<T> sums[kRows][kVecs] = {};
   const T* a = left.data;
   for (int64_t k = 0; k < depth; ++k, a += left.col, b += b_row) {
@@ -199,9 +284,9 @@ void register_tile(int64_t depth, Left<T> left, const T* b, int64_t b_row, T* c,
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const Vec<T> one = broadcast<T>(a[r * left.row]);
+      const T one = a[r * left.row];
 #pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) sums[r][v] = fma<T>(one, right[v], sums[r][v]);
+      for (int v = 0; v < kVecs; ++v) sums[r][v] = multiply_add<T, kPairs>(one, right[v], sums[r][v]);
     }
   }
 #pragma GCC unroll 8
@@ -210,35 +295,35 @@ void register_tile(int64_t depth, Left<T> left, const T* b, int64_t b_row, T* c,
     for (int v = 0; v < kVecs; ++v) {
       T* at = c + r * c_row + v * kLanes<T>;
       // What was there joins last: sums of blocks round less than one long sum.
-      store(at, factors ? fma<T>(load(at), broadcast<T>(factors[r]), sums[r][v]) : sums[r][v]);
+      store(at, factors ? fma<T>(load(at), broadcast<T>(factors[r]), sums[r][v]) : sums[r][v] * scale);
     }
   }
 }
 
-template <class T, int kRows>
+template <class T, bool kPairs, int kRows>
 FASTNETS_INLINE void tile_row(int vecs, int64_t depth, Left<T> a, const T* b, int64_t b_row, T* c, int64_t c_row,
-                              const T* factors) {
-  if (vecs == 1) return register_tile<T, kRows, 1>(depth, a, b, b_row, c, c_row, factors);
-  if (vecs == 2) return register_tile<T, kRows, 2>(depth, a, b, b_row, c, c_row, factors);
+                              const T* factors, T scale) {
+  if (vecs == 1) return register_tile<T, kPairs, kRows, 1>(depth, a, b, b_row, c, c_row, factors, scale);
+  if (vecs == 2) return register_tile<T, kPairs, kRows, 2>(depth, a, b, b_row, c, c_row, factors, scale);
   if constexpr (kTileVecs == 4) {
-    if (vecs == 3) return register_tile<T, kRows, 3>(depth, a, b, b_row, c, c_row, factors);
-    return register_tile<T, kRows, 4>(depth, a, b, b_row, c, c_row, factors);
+    if (vecs == 3) return register_tile<T, kPairs, kRows, 3>(depth, a, b, b_row, c, c_row, factors, scale);
+    return register_tile<T, kPairs, kRows, 4>(depth, a, b, b_row, c, c_row, factors, scale);
   }
 }
 
-// c[rows, cols] = factors * c + a b for at most kGroupRows rows; whole vectors of c are written.
-template <class T>
+// c[rows, cols] = factors * c + a b, or scale * a b, for at most kGroupRows rows; whole vectors of c are written.
+template <class T, bool kPairs>
 void group_product(int64_t rows, int64_t cols, int64_t depth, Left<T> a, const T* b, int64_t b_row, T* c, int64_t c_row,
-                   const T* factors) {
+                   const T* factors, T scale = T(1)) {
   for (int64_t at = 0; at < cols; at += kTileVecs * kLanes<T>) {
     const int vecs = static_cast<int>(smaller(kTileVecs, (cols - at + kLanes<T> - 1) / kLanes<T>));
     switch (rows) {
-      case 1: tile_row<T, 1>(vecs, depth, a, b + at, b_row, c + at, c_row, factors); break;
-      case 2: tile_row<T, 2>(vecs, depth, a, b + at, b_row, c + at, c_row, factors); break;
-      case 3: tile_row<T, 3>(vecs, depth, a, b + at, b_row, c + at, c_row, factors); break;
-      case 4: tile_row<T, 4>(vecs, depth, a, b + at, b_row, c + at, c_row, factors); break;
-      case 5: tile_row<T, 5>(vecs, depth, a, b + at, b_row, c + at, c_row, factors); break;
-      default: tile_row<T, kGroupRows>(vecs, depth, a, b + at, b_row, c + at, c_row, factors);
+      case 1: tile_row<T, kPairs, 1>(vecs, depth, a, b + at, b_row, c + at, c_row, factors, scale); break;
+      case 2: tile_row<T, kPairs, 2>(vecs, depth, a, b + at, b_row, c + at, c_row, factors, scale); break;
+      case 3: tile_row<T, kPairs, 3>(vecs, depth, a, b + at, b_row, c + at, c_row, factors, scale); break;
+      case 4: tile_row<T, kPairs, 4>(vecs, depth, a, b + at, b_row, c + at, c_row, factors, scale); break;
+      case 5: tile_row<T, kPairs, 5>(vecs, depth, a, b + at, b_row, c + at, c_row, factors, scale); break;
+      default: tile_row<T, kPairs, kGroupRows>(vecs, depth, a, b + at, b_row, c + at, c_row, factors, scale);
     }
   }
 }
@@ -250,14 +335,14 @@ FASTNETS_INLINE void in_groups(int64_t rows, const Body& body) {
   for (int64_t g = 0; g < count; ++g) body(g * rows / count, (g + 1) * rows / count);
 }
 
-// c[rows, cols] (+)= a b.
-template <class T>
+// c[rows, cols] = scale * a b, or c + a b.
+template <class T, bool kPairs>
 void product(int64_t rows, int64_t cols, int64_t depth, Left<T> a, const T* b, int64_t b_row, T* c, int64_t c_row,
-             bool accumulate) {
+             bool accumulate, T scale = T(1)) {
   static constexpr T ones[kGroupRows] = {1, 1, 1, 1, 1, 1};
   in_groups(rows, [&](int64_t begin, int64_t end) {
-    group_product<T>(end - begin, cols, depth, {a.data + begin * a.row, a.row, a.col}, b, b_row, c + begin * c_row,
-                     c_row, accumulate ? ones : nullptr);
+    group_product<T, kPairs>(end - begin, cols, depth, {a.data + begin * a.row, a.row, a.col}, b, b_row,
+                             c + begin * c_row, c_row, accumulate ? ones : nullptr, scale);
   });
 }
 

@@ -9,54 +9,89 @@ namespace {
 
 constexpr int kRows = 64;  // queries in a tile
 
-template <class T>
+// A tile's operands. Of pairs, q, grad_out and the keys lie twice: with pairs along their rows, and of rows.
+template <class T, bool kPairs>
 struct Tile {
   const AttentionBackward& p;
   const Scoring<T> scoring;
-  const int64_t width, out_width;
-  T *q, *grad_out, *out;                // [kRows, d], scaled; [kRows, dv]
-  T *keys, *keys_across;                // [kKeys, d], [d, kKeys]
-  T* values_across;                     // [dv, kKeys]
+  const int64_t width, out_width;       // of a row of q or k, of v
+  const int64_t depth, out_depth;       // of products along them
+  T *q, *grad_out;                      // [kRows, depth], scaled if not of pairs; [kRows, out_depth]
+  T *q_rows, *grad_out_rows;            // [kRows, d], [kRows, dv]: q and grad_out themselves if not of pairs
+  T *out, *dense;                       // [kRows, dv]; grad_out likewise
+  T *keys, *keys_across;                // [kKeys, d], [depth, kKeys]
+  T* values_across;                     // [out_depth, kKeys]
   T *weights, *grad_scores, *squashed;  // [kRows, kKeys]
   T *grad_k, *grad_v;                   // [kKeys, d], [kKeys, dv]
   T* keep;                              // [kKeys]
 
   explicit Tile(const AttentionBackward& params)
-      : p(params), scoring(params), width(padded<T>(params.d)), out_width(padded<T>(params.dv)) {
-    const int64_t tile = kRows * kKeys;
-    const int64_t counts[] = {
-        kRows * width, kRows * out_width, kRows * out_width, kKeys * width, p.d * kKeys, p.dv * kKeys, tile, tile,
-        tile,          kKeys * width,     kKeys * out_width, kKeys};
-    T** const pieces[] = {&q,       &grad_out,    &out,      &keys,   &keys_across, &values_across,
-                          &weights, &grad_scores, &squashed, &grad_k, &grad_v,      &keep};
+      : p(params),
+        scoring(params),
+        width(padded<T>(params.d)),
+        out_width(padded<T>(params.dv)),
+        depth(kPairs ? words(params.d) : params.d),
+        out_depth(kPairs ? words(params.dv) : params.dv) {
+    const int64_t tile = kRows * kKeys, twice = kPairs;
+    const int64_t counts[] = {kRows * width,
+                              kRows * out_width,
+                              twice * kRows * width,
+                              twice * kRows * out_width,
+                              kRows * out_width,
+                              twice * kRows * out_width,
+                              kKeys * width,
+                              depth * kKeys,
+                              out_depth * kKeys,
+                              tile,
+                              tile,
+                              tile,
+                              kKeys * width,
+                              kKeys * out_width,
+                              kKeys};
+    T** const pieces[] = {&q,           &grad_out, &q_rows,      &grad_out_rows, &out,
+                          &dense,       &keys,     &keys_across, &values_across, &weights,
+                          &grad_scores, &squashed, &grad_k,      &grad_v,        &keep};
     size_t bytes = 0;
     for (const int64_t count : counts) bytes += Arena::bytes<T>(count);
     Arena arena(0, bytes);
-    for (int i = 0; i < 12; ++i) *pieces[i] = arena.take<T>(counts[i]);
+    for (int i = 0; i < 15; ++i) *pieces[i] = arena.take<T>(counts[i]);
+    if (!kPairs) q_rows = q, grad_out_rows = dense = grad_out;
   }
 
-  void load_grad_out(const Head& h, int64_t i0, int64_t rows) {
-    load_rows<T>(p.dtype, p.grad_out.data, h.at_q(p.grad_out, i0), p.grad_out.row, rows, p.dv, T(1), grad_out);
-  }
   void load_queries(const Head& h, int64_t i0, int64_t rows) {
-    load_rows<T>(p.dtype, p.q.data, h.at_q(p.q, i0), p.q.row, rows, p.d, scoring.q_factor, q);
-    load_grad_out(h, i0, rows);
+    const int64_t at_q = h.at_q(p.q, i0), at_grad = h.at_q(p.grad_out, i0);
+    if constexpr (kPairs) {
+      load_words(p.q.data, at_q, p.q.row, rows, p.d, q);
+      load_row_pairs(p.q.data, at_q, p.q.row, rows, p.d, q_rows);
+      load_words(p.grad_out.data, at_grad, p.grad_out.row, rows, p.dv, grad_out);
+      load_row_pairs(p.grad_out.data, at_grad, p.grad_out.row, rows, p.dv, grad_out_rows);
+    } else {
+      load_rows<T>(p.dtype, p.q.data, at_q, p.q.row, rows, p.d, scoring.q_factor, q);
+      load_rows<T>(p.dtype, p.grad_out.data, at_grad, p.grad_out.row, rows, p.dv, T(1), grad_out);
+    }
   }
   void load_keys(const Head& h, int64_t j0, int64_t n) {
-    load_transposed<T>(p.dtype, p.k.data, h.at_k(p.k, j0), p.k.row, n, p.d, keys_across);
-    load_transposed<T>(p.dtype, p.v.data, h.at_k(p.v, j0), p.v.row, n, p.dv, values_across);
+    load_across(p.k, h.at_k(p.k, j0), n, p.d, grad_k, keys_across);
+    load_across(p.v, h.at_k(p.v, j0), n, p.dv, grad_v, values_across);
+  }
+  void load_key_rows(const Head& h, int64_t j0, int64_t n) {
+    if constexpr (kPairs) return load_row_pairs(p.k.data, h.at_k(p.k, j0), p.k.row, n, p.d, keys);
+    load_rows<T>(p.dtype, p.k.data, h.at_k(p.k, j0), p.k.row, n, p.d, T(1), keys);
   }
 
-  // For rows i0 ... of grad_out already loaded: what the softmax subtracts, sum(grad_out * out) - grad_lse, and the
-  // log-sum-exp, with which an empty row's weights are 2^-inf. Of the former only -grad_lse where a tile
-  // sees the whole row: it needs neither out nor lse, whose rounding tells where scores are large.
+  // For rows i0 ...: what the softmax subtracts, sum(grad_out * out) - grad_lse, and the log-sum-exp, with which an
+  // empty row's weights are 2^-inf. Of the former only -grad_lse where a tile sees the whole row: it needs neither out
+  // nor lse, whose rounding tells where scores are large.
   void row_terms(const Head& h, int64_t i0, int64_t rows, T* subtract, T* shift) {
     const int64_t at = h.at_lse(p, i0);
-    if (!whole(h)) load_rows<T>(p.dtype, p.out.data, h.at_q(p.out, i0), p.out.row, rows, p.dv, T(1), out);
+    if (!whole(h)) {
+      load_rows<T>(p.dtype, p.out.data, h.at_q(p.out, i0), p.out.row, rows, p.dv, T(1), out);
+      load_rows<T>(p.dtype, p.grad_out.data, h.at_q(p.grad_out, i0), p.grad_out.row, rows, p.dv, T(1), dense);
+    }
     for (int64_t r = 0; r < rows; ++r) {
       Vec<T> dots{};
       for (int64_t c = 0; c < (whole(h) ? 0 : out_width); c += kLanes<T>) {
-        dots = fma<T>(load(grad_out + r * out_width + c), load(out + r * out_width + c), dots);
+        dots = fma<T>(load(dense + r * out_width + c), load(out + r * out_width + c), dots);
       }
       subtract[r] = reduce_add<T>(dots) - (p.grad_lse ? static_cast<const T*>(p.grad_lse)[at + r] : T(0));
       const T lse = static_cast<const T*>(p.lse)[at + r];
@@ -66,8 +101,10 @@ struct Tile {
 
   // Of the loaded queries and keys: the weights (after dropout), and the gradient of the scores as the mask meets them.
   void run(const Head& h, int64_t i0, int64_t rows, int64_t j0, int64_t n, const T* subtract, const T* shift) {
-    product<T>(rows, n, p.d, {q, width, 1}, keys_across, kKeys, weights, kKeys, false);
-    product<T>(rows, n, p.dv, {grad_out, out_width, 1}, values_across, kKeys, grad_scores, kKeys, false);
+    product<T, kPairs>(rows, n, depth, {q, padded<T>(depth), 1}, keys_across, kKeys, weights, kKeys, false,
+                       kPairs ? scoring.q_factor : T(1));
+    product<T, kPairs>(rows, n, out_depth, {grad_out, padded<T>(out_depth), 1}, values_across, kKeys, grad_scores,
+                       kKeys, false);
     for (int64_t r = 0; r < rows; ++r) {
       T *s = weights + r * kKeys, *grad = grad_scores + r * kKeys;
       if (scoring.cap != T(0)) {
@@ -105,7 +142,34 @@ struct Tile {
     }
   }
 
+  // Adds the tile's share to the gradients of k and v, and of q in its rows. Uses up weights, grad_scores and squashed.
+  void add_gradients(int64_t rows, int64_t n, T* grad_q) {
+    const T *across = weights, *grad_across = grad_scores, *grad_along = grad_scores;  // q across, along k
+    const int64_t row_depth = kPairs ? words(rows) : rows, key_depth = kPairs ? words(n) : n;
+#if defined(__AVX512BF16__)
+    if constexpr (kPairs) {
+      T* const half = squashed + kRows / 2 * kKeys;
+      round_row_pairs(weights, rows, n, squashed);
+      round_row_pairs(grad_scores, rows, n, half);
+      for (int64_t r = 0; r < rows; ++r) round_words(grad_scores + r * kKeys, n, weights + r * kKeys);
+      across = squashed, grad_across = half, grad_along = weights;
+    }
+#endif
+    product<T, kPairs>(n, p.dv, row_depth, {across, 1, kKeys}, grad_out_rows, out_width, grad_v, out_width, true);
+    product<T, kPairs>(n, p.d, row_depth, {grad_across, 1, kKeys}, q_rows, width, grad_k, width, true);
+    product<T, kPairs>(rows, p.d, key_depth, {grad_along, kKeys, 1}, keys, width, grad_q, width, true);
+  }
+
  private:
+  // to[c][r] of k's or v's rows; `staged` has room for the rows.
+  void load_across(const AttentionArray& x, int64_t at, int64_t n, int64_t cols, T* staged, T* to) {
+    if constexpr (kPairs) {
+      load_words(x.data, at, x.row, n, cols, staged);
+      return load_transposed<T>(Dtype::kFloat32, staged, 0, padded<T>(words(cols)), n, words(cols), to);
+    }
+    load_transposed<T>(p.dtype, x.data, at, x.row, n, cols, to);
+  }
+
   // One tile sees all of a row's keys. (With grad_weights, their part in what is subtracted is in grad_lse.)
   bool whole(const Head& h) const { return h.lk <= kKeys && !p.grad_weights; }
 
@@ -127,9 +191,9 @@ void store_grad_q(const AttentionBackward& p, const Head& h, const T* sum) {
 }
 
 // Keys' blocks split, split + splits, ... of one head of k and v.
-template <class T>
+template <class T, bool kPairs>
 void backward_unit(const AttentionBackward& p, int64_t batch, int64_t kv_head, int64_t split) {
-  Tile<T> tile(p);
+  Tile<T, kPairs> tile(p);
   const int64_t width = tile.width, out_width = tile.out_width;
   const Head group(p, batch, kv_head * p.groups);
   const int64_t per_head = group.lq * width, rows_in_all = p.groups * group.lq;
@@ -145,7 +209,6 @@ void backward_unit(const AttentionBackward& p, int64_t batch, int64_t kv_head, i
     const Head h(p, batch, kv_head * p.groups + g);
     for (int64_t i0 = 0; i0 < h.lq; i0 += kRows) {
       const int64_t rows = smaller(kRows, h.lq - i0);
-      tile.load_grad_out(h, i0, rows);
       tile.row_terms(h, i0, rows, subtract + g * h.lq + i0, shift + g * h.lq + i0);
     }
   }
@@ -153,7 +216,7 @@ void backward_unit(const AttentionBackward& p, int64_t batch, int64_t kv_head, i
   for (int64_t j0 = split * kKeys; j0 < group.lk; j0 += p.splits * kKeys) {
     const int64_t n = smaller(kKeys, group.lk - j0);
     tile.load_keys(group, j0, n);
-    load_rows<T>(p.dtype, p.k.data, group.at_k(p.k, j0), p.k.row, n, p.d, T(1), tile.keys);
+    tile.load_key_rows(group, j0, n);
     for (int64_t x = 0; x < kKeys * width; x += kLanes<T>) store(tile.grad_k + x, Vec<T>{});
     for (int64_t x = 0; x < kKeys * out_width; x += kLanes<T>) store(tile.grad_v + x, Vec<T>{});
     for (int64_t g = 0; g < p.groups; ++g) {
@@ -165,13 +228,11 @@ void backward_unit(const AttentionBackward& p, int64_t batch, int64_t kv_head, i
         tile.load_queries(h, i0, rows);
         tile.run(h, i0, rows, j0, n, subtract + row, shift + row);
         tile.uncap(rows, n);
-        product<T>(n, p.dv, rows, {tile.weights, 1, kKeys}, tile.grad_out, out_width, tile.grad_v, out_width, true);
-        product<T>(n, p.d, rows, {tile.grad_scores, 1, kKeys}, tile.q, width, tile.grad_k, width, true);
-        product<T>(rows, p.d, n, {tile.grad_scores, kKeys, 1}, tile.keys, width, grad_q + row * width, width, true);
+        tile.add_gradients(rows, n, grad_q + row * width);
       }
     }
-    // Of q only q * q_factor was at hand: what that leaves out of scale.
-    const T one = 1, rest = static_cast<T>(p.softcap != 0 ? p.softcap : kLn2);
+    // Of q only q * q_factor was at hand, if not of pairs: what that leaves out of scale.
+    const T one = 1, rest = static_cast<T>(kPairs ? p.scale : p.softcap != 0 ? p.softcap : kLn2);
     store_rows<T>(p.dtype, p.grad_k.data, group.at_k(p.grad_k, j0), p.grad_k.row, n, p.d, tile.grad_k, width, &rest, 0);
     store_rows<T>(p.dtype, p.grad_v.data, group.at_k(p.grad_v, j0), p.grad_v.row, n, p.dv, tile.grad_v, out_width, &one,
                   0);
@@ -226,9 +287,9 @@ void add_tile(int64_t rows, int64_t cols, const T* tile, bool one_row, bool one_
 }
 
 // The part of the mask's gradient at (b, h, rows from i0, columns from j0), in the mask's own indices.
-template <class T>
+template <class T, bool kPairs>
 void mask_unit(const AttentionBackward& p, int64_t b, int64_t h, int64_t i0, int64_t j0) {
-  Tile<T> tile(p);
+  Tile<T, kPairs> tile(p);
   const auto range = [](int64_t size, int64_t full, int64_t at, int64_t step) {
     return size == 1 ? Range{0, full} : Range{at, smaller(full, at + step)};
   };
@@ -271,14 +332,14 @@ void mask_unit(const AttentionBackward& p, int64_t b, int64_t h, int64_t i0, int
   });
 }
 
-template <class T>
+template <class T, bool kPairs>
 void mask_gradient(const AttentionBackward& p) {
   const int64_t* sizes = p.mask_sizes;
   const int64_t row_blocks = (sizes[2] + kRows - 1) / kRows, key_blocks = (sizes[3] + kKeys - 1) / kKeys;
   parallel(sizes[0] * sizes[1] * row_blocks * key_blocks, 1, [&](int64_t first, int64_t last) {
     for (int64_t unit = first; unit < last; ++unit) {
       const int64_t row = unit / key_blocks, head = row / row_blocks;
-      mask_unit<T>(p, head / sizes[1], head % sizes[1], row % row_blocks * kRows, unit % key_blocks * kKeys);
+      mask_unit<T, kPairs>(p, head / sizes[1], head % sizes[1], row % row_blocks * kRows, unit % key_blocks * kKeys);
     }
   });
 }
@@ -287,7 +348,7 @@ void mask_gradient(const AttentionBackward& p) {
 
 void attention_backward(const AttentionBackward& p) {
   constexpr double least_work = 1 << 16;  // multiply-adds worth waking a thread for
-  with_compute(p.dtype, [&](auto kind) {
+  with_compute(p.dtype, [&](auto kind, auto pairs) {
     using T = decltype(kind);
     const int64_t kv_heads = p.heads / p.groups;
     const double work = 3.0 * p.lq * p.lk * p.groups * (p.d + p.dv + 1) / (p.starts_q ? p.batch : p.splits);
@@ -295,7 +356,7 @@ void attention_backward(const AttentionBackward& p) {
     parallel(p.batch * kv_heads * p.splits, grain, [&](int64_t first, int64_t last) {
       for (int64_t unit = first; unit < last; ++unit) {
         const int64_t head = unit / p.splits;
-        backward_unit<T>(p, head / kv_heads, head % kv_heads, unit % p.splits);
+        backward_unit<T, pairs.value>(p, head / kv_heads, head % kv_heads, unit % p.splits);
       }
     });
     if (p.splits != 1) {
@@ -303,7 +364,7 @@ void attention_backward(const AttentionBackward& p) {
         for (int64_t unit = first; unit < last; ++unit) join_splits<T>(p, unit / p.heads, unit % p.heads);
       });
     }
-    if (p.grad_mask) mask_gradient<T>(p);
+    if (p.grad_mask) mask_gradient<T, pairs.value>(p);
   });
 }
 

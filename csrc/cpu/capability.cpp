@@ -10,7 +10,8 @@
 namespace fastnets {
 namespace {
 
-enum Capability : int { kGeneric, kAvx2, kAvx512 };
+enum Capability : int { kGeneric, kAvx2, kAvx512, kAvx512Bf16, kCapabilities };
+constexpr const char* kNames[kCapabilities] = {"generic", "avx2", "avx512", "avx512_bf16"};
 
 int detect() {
 #if defined(__x86_64__)
@@ -18,7 +19,8 @@ int detect() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return avx512 ? kAvx512 : avx2 ? kAvx2 : kGeneric;
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  return bf16 ? kAvx512Bf16 : avx512 ? kAvx512 : avx2 ? kAvx2 : kGeneric;
 #else
   return kGeneric;
 #endif
@@ -29,8 +31,9 @@ int choose() {
   const char* asked = std::getenv("FASTNETS_CPU");
   if (asked == nullptr || *asked == '\0') return best;
   const std::string name(asked);
-  const int wanted = name == "generic" ? kGeneric : name == "avx2" ? kAvx2 : name == "avx512" ? kAvx512 : -1;
-  STD_TORCH_CHECK(wanted >= 0, "FASTNETS_CPU must be generic, avx2 or avx512, is ", name);
+  int wanted = 0;
+  while (wanted < kCapabilities && name != kNames[wanted]) ++wanted;
+  STD_TORCH_CHECK(wanted < kCapabilities, "FASTNETS_CPU must be generic, avx2, avx512 or avx512_bf16, is ", name);
   STD_TORCH_CHECK(wanted <= best, "FASTNETS_CPU asks for ", name, ", which this processor does not have");
   return wanted;
 }
@@ -52,7 +55,15 @@ const Kernels& kernels() {
 #define FASTNETS_AVX512(name, Params) avx512::name,
   static const Kernels avx2_kernels{FASTNETS_CPU_KERNELS(FASTNETS_AVX2)};
   static const Kernels avx512_kernels{FASTNETS_CPU_KERNELS(FASTNETS_AVX512)};
+  static const Kernels bf16_kernels = [] {
+    Kernels table = avx512_kernels;
+    table.attention_forward = avx512_bf16::attention_forward;
+    table.attention_weights = avx512_bf16::attention_weights;
+    table.attention_backward = avx512_bf16::attention_backward;
+    return table;
+  }();
   switch (capability()) {
+    case kAvx512Bf16: return bf16_kernels;
     case kAvx512: return avx512_kernels;
     case kAvx2: return avx2_kernels;
   }

@@ -211,6 +211,12 @@ FASTNETS_CPU_KERNELS(FASTNETS_DECLARE)
 namespace avx512 {
 FASTNETS_CPU_KERNELS(FASTNETS_DECLARE)
 }
+// AVX-512 with products of bfloat16: attention has kernels of its own there.
+namespace avx512_bf16 {
+void attention_forward(const AttentionForward&);
+void attention_weights(const AttentionWeights&);
+void attention_backward(const AttentionBackward&);
+}  // namespace avx512_bf16
 #undef FASTNETS_DECLARE
 
 // The kernels of the best instruction set of this machine, or of the one that FASTNETS_CPU names.

@@ -35,7 +35,7 @@ def _parser(asked: str | None) -> argparse.ArgumentParser:
         prog="fastnets",
         description="fastnets: convolution, recurrent and attention layers for PyTorch on kernels of their own.",
         epilog="`fastnets COMMAND --help` says more. FASTNETS_BACKEND forces a backend, "
-        "FASTNETS_CPU=generic|avx2|avx512 an instruction set.",
+        "FASTNETS_CPU=generic|avx2|avx512|avx512_bf16 an instruction set.",
     )
     parser.add_argument("--version", action="version", version=f"fastnets {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)

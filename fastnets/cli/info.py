@@ -10,7 +10,7 @@ from ..bench import environment
 from ._common import console
 
 NO_GPU = "No GPU has run any of this: the CUDA kernels have been run, thread by thread, on the SIMT device alone."
-FORCE_NOTE = "FASTNETS_CPU=generic|avx2|avx512 forces one"
+FORCE_NOTE = "FASTNETS_CPU=generic|avx2|avx512|avx512_bf16 forces one"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

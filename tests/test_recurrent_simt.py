@@ -84,6 +84,56 @@ def test_where_the_weights_stay_changes_no_bit(device, cell):
         assert all(map(torch.equal, _run("simt", operands, cell=cell), first))
 
 
+def test_shares_of_the_batch_change_no_bit(device):
+    """Three groups of rows, one after the other in the same blocks, and each with blocks of its own."""
+    operands = _operands("gru", batch=70)
+    device.set_resident_limit(1)
+    first = _run("simt", operands, cell="gru")
+    _assert_close(first, _run("cpu", operands, cell="gru"), rtol=2e-5, atol=2e-5)
+    for resident in (5, 32):
+        device.set_resident_limit(resident)
+        device.reset_counters()
+        device.set_counting(True)
+        assert all(map(torch.equal, _run("simt", operands, cell="gru"), first))
+        assert device.largest_grid() == resident // 2 * 2 if resident < 6 else 6  # two strips each, three groups
+
+
+def _products(device, dtype, batch):
+    """Instructions of the tensor cores in one step forwards."""
+    device.reset_counters()
+    with torch.no_grad(), fastnets.backend("simt"):
+        recurrent(*_operands("lstm", dtype, steps=1, batch=batch, features=8, hidden=64), cell="lstm")
+    return device.counters()["recurrent_forward"]["mma"]
+
+
+def test_small_batches_pad_no_products(device):
+    device.set_counting(True)
+    assert [_products(device, torch.float32, batch) for batch in (1, 4)] == [0, 0]
+    eight, sixteen, more = (_products(device, torch.bfloat16, batch) for batch in (1, 16, 32))
+    assert eight == 4 * 64 * (64 + 32) // (16 * 16)  # of w_hh, and of w_ih in whole chunks of 32
+    assert (sixteen, more) == (2 * eight, 4 * eight)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("features", [8, 24, 3])
+def test_a_step_is_one_launch_that_waits_for_nobody(device, cell, features):
+    """Its product with x included, where the rows of x are whole pieces of 16 bytes."""
+    operands = _operands(cell, steps=1, batch=6, features=features)
+    device.reset_counters()
+    device.set_counting(True)
+    device.set_resident_limit(0)
+    with torch.no_grad(), fastnets.backend("simt"):
+        mine = [t for t in recurrent(*operands, cell=cell) if t is not None]
+    with torch.no_grad(), fastnets.backend("cpu"):
+        true = [t for t in recurrent(*operands, cell=cell) if t is not None]
+    _assert_close(mine, true, rtol=2e-5, atol=2e-5)
+    counters = device.counters()["recurrent_forward"]
+    assert counters["launches"] == 1
+    gates, hidden, size = GATES[cell], 20, 4
+    weights = gates * hidden * (hidden + (features if features % 4 == 0 else 0)) * size
+    assert counters["global_load_bytes"] >= weights
+
+
 def _loaded(device, kernel, steps, **sizes):
     """Bytes that a pass over a sequence loads from global memory."""
     device.reset_counters()
@@ -140,6 +190,23 @@ def test_rows_that_miss_their_alignment(device):
             t = memory[1:].view_as(t).copy_(t)
         shifted.append(t)
     assert all(map(torch.equal, _run("simt", shifted, cell="gru"), _run("simt", operands, cell="gru")))
+
+
+def test_infinite_input_stays_infinite_in_a_small_batch(device):
+    """One by one, no weight is split in two, of which the second would be infinity less infinity."""
+    operands = _operands("rnn_relu", steps=1, batch=2)
+    operands[1][0, 3] = torch.inf
+    operands[4][:, 3] = operands[4][:, 3].abs()
+    y = _run("simt", operands, cell="rnn_relu")[0]
+    assert y[0, 0].isposinf().all()
+    assert y[0, 1].isfinite().all()
+
+
+def test_weights_that_no_chip_holds(device):
+    """The bytes of 1000 hidden units are streamed, and nothing hangs where a few blocks run at once."""
+    operands = _operands("rnn_tanh", steps=2, batch=1, hidden=1000)
+    device.set_resident_limit(3)
+    _assert_close(_run("simt", operands, cell="rnn_tanh"), _run("cpu", operands, cell="rnn_tanh"), rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("hidden", [17, 200])

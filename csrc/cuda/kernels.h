@@ -13,15 +13,19 @@ using Stream = void*;  // a cudaStream_t; the SIMT device has none
 namespace cuda {
 
 // What the recurrent kernels are given beside the operators' parameters: work done by torch's products, and memory.
-// Rows that they read in pieces of 16 bytes end on whole ones, with zeros: w_hh, w_hr and the padded rows here.
+// Rows that they read in pieces of 16 bytes end on whole ones, with zeros: w_hh, w_hr and the padded rows here. So must
+// those of x and w_ih where a single step is to make its product itself.
 struct RecurrentForwardPass : RecurrentForward {
   int64_t output_row, hidden_row;  // elements from one padded row to the next: of P, of H
-  const void* from_x;              // [T, B, G H], x times w_ih
+  const void* from_x;              // [T, B, G H], x times w_ih; or null, of one step
   const void* first_h;             // [B, output_row], h0
   void* exchange;                  // [2, B, output_row], zeros; null where y's rows need no padding
   void* unprojected;               // [B, hidden_row], zeros, with w_hr
   float* state;                    // [B, H], lstm and gru
-  uint32_t* flags;                 // [recurrent_flags], zeros
+  uint32_t* flags;                 // [recurrent_flags], zeros where blocks wait for each other
+
+  // One step is made of what is there already; but w_hr takes that step's h.
+  bool waits() const { return shape.steps > 1 || w_hr != nullptr; }
 };
 
 struct RecurrentBackwardPass : RecurrentBackward {  // w_hh and w_hr transposed, grad_x and those of weights not asked

@@ -1,7 +1,8 @@
 // A recurrent layer forwards over a whole sequence in one cooperative launch. A step's block waits for the flags of the
 // units that it reads, multiplies them with its weights, which stay on the chip, applies the cell and hands h on: in y
 // itself, where its rows are whole pieces of 16 bytes. Where they are not, it goes through two padded steps' rows in
-// turn: who overwrites one has waited for all who have read it.
+// turn: who overwrites one has waited for all who have read it. A single step makes its product with x, too, and its
+// blocks wait for nobody: one launch like any other.
 #include "recurrent.h"
 
 namespace fastnets::cuda {
@@ -12,7 +13,8 @@ constexpr int kTiles = 2, kSlots = 4;  // more would spill
 struct Parameters {
   RecurrentForwardPass pass;
   Weights recurrent, projection;
-  int units;  // of a strip of the recurrent weights
+  Weights input;  // w_ih, where the kernel is to make the product with x; no strips where that is given
+  int units;      // of a strip of the recurrent weights
   Residence residence;
 };
 
@@ -51,7 +53,8 @@ struct Layer {
     Inputs in;
 #pragma unroll
     for (int g = 0; g < Gates; ++g) {
-      in.from_x[g] = load_float<T>(p.from_x, ((t * s.batch + b) * Gates + g) * s.hidden + j);
+      in.from_x[g] =
+          p.from_x == nullptr ? 0.0f : load_float<T>(p.from_x, ((t * s.batch + b) * Gates + g) * s.hidden + j);
       in.bias[g] = p.b_ih == nullptr ? 0.0f : load_float<T>(p.b_ih, g * s.hidden + j);
       const float bias = p.b_hh == nullptr ? 0.0f : load_float<T>(p.b_hh, g * s.hidden + j);
       if (Gates == 3 && g == 2) {
@@ -66,7 +69,7 @@ struct Layer {
 
   template <int Gates>
   __device__ __forceinline__ void run(int64_t t, int64_t b, int64_t j, const Inputs& in,
-                                      const float (&sums)[Gates]) const {
+                                      const Vector<float, 4>& sums) const {
     if constexpr (Gates == 4) {
       float gates[4], c = in.state;
 #pragma unroll
@@ -137,7 +140,7 @@ __global__ void __launch_bounds__(kThreads, 1) forward(Parameters a) {
   const RecurrentShape& s = p.shape;
   Layer<T> layer{p};
   const Times times{s};
-  const bool projects = a.projection.strips > 0;
+  const bool projects = a.projection.strips > 0, makes_from_x = a.input.strips > 0;
   with_gates(s.cell, [&](auto gates) {
     for_own_units<kUnits<gates.value>, Columns>(a.recurrent.strips, s.hidden, s.batch,
                                                 [&](int64_t b, int64_t j) { layer.start(b, j); });
@@ -154,9 +157,10 @@ __global__ void __launch_bounds__(kThreads, 1) forward(Parameters a) {
       former = exchange + buffer_of(step) * s.batch * p.output_row;
       layer.next = exchange + buffer_of(step + 1) * s.batch * p.output_row;
     }
-    for (int64_t first = 0; first < s.batch; first += Columns) {
+    for (int64_t first = first_row<Columns>(); first < s.batch; first += next_rows<Columns>()) {
       uint32_t* const of_cells = p.flags + first / Columns * (a.recurrent.strips + a.projection.strips);
       uint32_t* const of_outputs = of_cells + a.recurrent.strips;
+      const int rows = static_cast<int>(s.batch - first < Columns ? s.batch - first : Columns);
       const bool any = times.any_runs<Columns>(t, first);
       for (int phase = 0; phase < (projects ? 2 : 1); ++phase) {
         const Weights& w = phase == 0 ? a.recurrent : a.projection;
@@ -180,12 +184,16 @@ __global__ void __launch_bounds__(kThreads, 1) forward(Parameters a) {
             } else if (own == 0) {
               wait_for_depth<ProductType::kDepth>(w, of_cells, a.recurrent.strips, a.units, done);
             }
-            product(w, strip, own, [&](int column) -> const T* {
-              const int64_t b = first + column;
-              if (!times.runs(t, b)) return nullptr;
-              if (phase == 1) return static_cast<const T*>(p.unprojected) + b * p.hidden_row;
-              return (t == times.first_time(b) ? static_cast<const T*>(p.first_h) : former) + b * p.output_row;
-            });
+#pragma unroll 1
+            for (int place = 0; place < (phase == 0 && makes_from_x ? 2 : 1); ++place) {
+              product(place == 0 ? w : a.input, strip, own, rows, place, [&](int column) -> const T* {
+                const int64_t b = first + column;
+                if (!times.runs(t, b)) return nullptr;
+                if (place == 1) return static_cast<const T*>(p.x) + b * s.input;
+                if (phase == 1) return static_cast<const T*>(p.unprojected) + b * p.hidden_row;
+                return (t == times.first_time(b) ? static_cast<const T*>(p.first_h) : former) + b * p.output_row;
+              });
+            }
             __syncthreads();
           }
           if (phase == 0) {
@@ -196,10 +204,13 @@ __global__ void __launch_bounds__(kThreads, 1) forward(Parameters a) {
                 if (j >= s.hidden || b >= s.batch) return;
                 if (!times.runs(t, b)) return layer.rest(t, b, j);
                 const bool loaded = column * kOwn + unit == static_cast<int>(threadIdx.x);
-                const Inputs in = loaded ? ahead : layer.template load<gates.value>(t, b, j);
-                float sums[gates.value];
+                Inputs in = loaded ? ahead : layer.template load<gates.value>(t, b, j);
+                const auto sums = product.template sums<gates.value>(w, unit, column);
+                if (makes_from_x) {
+                  const auto of_x = product.template sums<gates.value>(a.input, unit, column, 1);
 #pragma unroll
-                for (int g = 0; g < gates.value; ++g) sums[g] = product.sum(w, unit, g, column);
+                  for (int g = 0; g < gates.value; ++g) in.from_x[g] = of_x[g];
+                }
                 layer.template run<gates.value>(t, b, j, in, sums);
               });
             });
@@ -208,7 +219,7 @@ __global__ void __launch_bounds__(kThreads, 1) forward(Parameters a) {
             for_items<kOutputs, Columns>([&](int unit, int column) {
               const int64_t j = int64_t{strip} * kOutputs + unit, b = first + column;
               if (j >= s.output || b >= s.batch) return;
-              if (times.runs(t, b)) return layer.emit(t, b, j, product.sum(w, unit, 0, column));
+              if (times.runs(t, b)) return layer.emit(t, b, j, product.template sums<1>(w, unit, column)[0]);
               store_float<T>(p.y, (t * s.batch + b) * s.output + j, 0.0f);
             });
             publish(of_outputs + strip, done + 1);
@@ -219,20 +230,6 @@ __global__ void __launch_bounds__(kThreads, 1) forward(Parameters a) {
   }
 }
 
-template <class C, int Columns>
-void launch_forward(const RecurrentForwardPass& pass, Stream stream) {
-  using ProductType = Product<C, kTiles, Columns, kSlots>;
-  const RecurrentShape& s = pass.shape;
-  Parameters a{pass, {}, {}, kTiles * units_of_tile(gates_of(s.cell)), {}};
-  a.recurrent = weights_of<ProductType, kTiles>(pass.w_hh, s.hidden, pass.output_row, gates_of(s.cell));
-  if (pass.w_hr != nullptr) a.projection = weights_of<ProductType, kTiles>(pass.w_hr, s.output, pass.hidden_row, 1);
-  const Plan plan = plan_for<ProductType>("recurrent_forward", reinterpret_cast<const void*>(&forward<C, Columns>),
-                                          a.recurrent, a.projection, s.steps);
-  a.residence = plan.residence;
-  launch({"recurrent_forward", static_cast<unsigned>(plan.blocks), kThreads, stream, plan.shared, true},
-         forward<C, Columns>, a);
-}
-
 }  // namespace
 
 int64_t recurrent_flags(const RecurrentShape& s) {
@@ -241,10 +238,18 @@ int64_t recurrent_flags(const RecurrentShape& s) {
 }
 
 void recurrent_forward(const RecurrentForwardPass& p, Stream stream) {
-  with_arithmetic(p.shape, [&](auto arithmetic) {
+  with_arithmetic(p.shape, [&](auto arithmetic, auto columns) {
     using C = decltype(arithmetic);
-    if (p.shape.batch <= 16) return launch_forward<C, 16>(p, stream);
-    launch_forward<C, 32>(p, stream);
+    using ProductType = Product<C, kTiles, columns.value, kSlots>;
+    const RecurrentShape& s = p.shape;
+    const int gates = gates_of(s.cell);
+    Parameters a{p, {}, {}, {}, kTiles * units_of_tile(gates), {}};
+    a.recurrent = weights_of<ProductType>(p.w_hh, s.hidden, p.output_row, gates);
+    if (p.w_hr != nullptr) a.projection = weights_of<ProductType>(p.w_hr, s.output, p.hidden_row, 1);
+    const bool makes_from_x = p.from_x == nullptr;
+    if (makes_from_x) a.input = weights_of<ProductType>(p.w_ih, s.hidden, s.input, gates);
+    launch_persistent<ProductType>("recurrent_forward", forward<C, columns.value>, a, p.waits(), makes_from_x ? 2 : 1,
+                                   stream);
   });
 }
 

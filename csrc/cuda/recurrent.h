@@ -1,11 +1,15 @@
 // What the two persistent kernels of the recurrent layers share: weights that stay on the chip for a whole sequence,
 // the product of one step with them, and the flags by which blocks hand one step's result to the next step.
 //
-// A product is sums[rows of weights, batch] on tensor cores, the weights as left operand: of a batch of one, too, only
-// its own column is read. Rows of the weights go in tiles of 16, so many hidden units with all their gates that fit;
-// `Tiles` of them are a strip, the work of one block, which may have several strips. A block's warps share the depth.
-// It runs in chunks of 64 bytes; of a chunk each lane reads 16 bytes of every row, of weights and batch alike: the
-// order in which a product runs through its depth is free, so fragments need no other layout than the tensors'.
+// A product is sums[rows of weights, batch], the weights as left operand. Rows of the weights go in tiles of 16, so
+// many hidden units with all their gates that fit; `Tiles` of them are a strip, the work of one block, which may have
+// several strips. A block's warps share the depth. It runs in chunks of 64 bytes; of a chunk each lane reads 16 bytes
+// of every row, of weights and batch alike: the order in which a product runs through its depth is free, so fragments
+// need no other layout than the tensors'.
+//
+// Products are the tensor cores', of 8 columns at least, but for float and a batch of up to 4: there as many
+// multiplications as there are rows cost less than splitting every weight in two (docs/gpu.md has the count), and lose
+// nothing.
 #pragma once
 
 #include "../cells.h"
@@ -32,6 +36,12 @@ struct Residence {
 
 __host__ __device__ constexpr int units_of_tile(int gates) { return 16 / gates; }
 
+// The arithmetic of a small batch: float products, one by one.
+struct Scalar {
+  using Storage = float;
+  static constexpr int kParts = 1;
+};
+
 template <class M>
 struct DeviceMath {
   using Vector = M;
@@ -54,13 +64,21 @@ __device__ __forceinline__ void load_piece(uint32_t (&words)[4], const T* row, i
 template <class C, int Tiles, int Columns, int Slots>
 class Product {
   using T = typename C::Storage;
-  static constexpr int kBlocks = Columns / 8, kPitch = Columns + 1;
-  static constexpr int kAhead = 64 / Columns / C::kParts;  // chunks of the batch that are under way at once
+  static constexpr bool kScalar = std::is_same_v<C, Scalar>;
+  // Rows of the batch that a lane reads: all of them, or one of every 8 that the tensor cores take at a time.
+  static constexpr int kRows = kScalar ? Columns : Columns / 8;
+  static constexpr int kSums = kScalar ? 2 : 4;  // that a lane has of a tile for each of those
+  // A column's sums are neighbours: so the gates of a unit are, and four lanes' columns lie in banks of their own.
+  static constexpr int kPitch = Tiles * 16 + 4;
+  // Chunks of the batch that are under way at once, beside weights in registers and others.
+  static constexpr int kAhead = (kRows < 4 ? 4 : 2) / C::kParts, kFewer = kAhead > 1 ? kAhead / 2 : 1;
+  static_assert(kScalar || Columns % 8 == 0);
 
  public:
+  static constexpr int kColumns = Columns, kTiles = Tiles;
   static constexpr int kDepth = 4 * kChunk<T>;  // elements of a chunk
   static constexpr int kRegisterSlots = Slots / C::kParts / (C::kParts * Columns > 32 ? 2 : 1);
-  static constexpr int kSumBytes = kWarps * Tiles * 16 * kPitch * sizeof(float);
+  static constexpr int kSumBytes = kWarps * Columns * kPitch * sizeof(float);
   static constexpr int kSlotBytes = kThreads * Tiles * 2 * 16;
 
   // `shared`: kSumBytes, then kSlotBytes for each slot in shared memory.
@@ -92,69 +110,67 @@ class Product {
     }
   }
 
-  // Multiplies a strip, this block's `own`-th, with the batch, whose row for column c is row_of(c), null for zeros. The
-  // sums are there after the next barrier.
+  // Multiplies a strip, this block's `own`-th, with the batch's first `columns` rows, row_of(c) for column c, null for
+  // zeros. The sums are there, in one of two places, after the next barrier.
   template <class RowOf>
-  __device__ __forceinline__ void operator()(const Weights& w, int strip, int own, const RowOf& row_of) {
+  __device__ __forceinline__ void operator()(const Weights& w, int strip, int own, int columns, int place,
+                                             const RowOf& row_of) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = warp * w.slots;
     const int count = min(w.slots, (w.depth + kDepth - 1) / kDepth - first);
     if (count <= 0) return;
-    const T* rows[kBlocks];
+    const T* rows[kRows];
 #pragma unroll
-    for (int n = 0; n < kBlocks; ++n) rows[n] = row_of(8 * n + lane / 4);
-    float sums[Tiles][kBlocks][4] = {};
+    for (int n = 0; n < kRows; ++n) rows[n] = row_of(kScalar ? n : 8 * n + lane / 4);
+    Sums sums = {};
     int j = 0;
     if (own == 0 && w.first_slot == 0 && residence_.in_registers > 0) {
 #pragma unroll
       for (; j < kRegisterSlots; j += kAhead) {
-        uint32_t right[kAhead][kBlocks][4];
+        Right right[kAhead];
 #pragma unroll
         for (int a = 0; a < kAhead; ++a) {
           load_right(right[a], w, rows, first + j + a, j + a < min(count, kRegisterSlots));
         }
 #pragma unroll
         for (int a = 0; a < kAhead; ++a) {
-          if (j + a < kRegisterSlots && j + a < count) multiply(sums, held_[min(j + a, kRegisterSlots - 1)], right[a]);
+          if (j + a >= kRegisterSlots || j + a >= count) continue;
+          multiply(sums, held_[min(j + a, kRegisterSlots - 1)], right[a], columns);
         }
       }
       j = kRegisterSlots;
     }
-    for (; j < count; ++j) {
-      uint32_t right[kBlocks][4];
-      load_right(right, w, rows, first + j, true);
-      const int slot = w.first_slot + own * w.slots + j - residence_.in_registers;
-      Left left;
-      if (slot < residence_.in_shared) {
+#pragma unroll 1
+    for (; j < count; j += kFewer) {
+      Right right[kFewer];
 #pragma unroll
-        for (int i = 0; i < 2 * Tiles; ++i) {
-          const auto piece = load_shared<4>(kept_ + (slot * 2 * Tiles + i) * kThreads * 4);
-          __builtin_memcpy(left.words[i], &piece, sizeof(piece));
-        }
-      } else {
-        load_left(left, w, strip, j, true);
-      }
-      multiply(sums, left, right);
-    }
+      for (int a = 0; a < kFewer; ++a) load_right(right[a], w, rows, first + j + a, j + a < count);
 #pragma unroll
-    for (int tile = 0; tile < Tiles; ++tile) {
-#pragma unroll
-      for (int n = 0; n < kBlocks; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int row = (warp * Tiles + tile) * 16 + lane / 4 + i / 2 * 8;
-          store_shared(sums_ + row * kPitch + 8 * n + lane % 4 * 2 + i % 2, sums[tile][n][i]);
-        }
+      for (int a = 0; a < kFewer; ++a) {
+        if (j + a >= count) break;
+        Left left;
+        load_kept(left, w, strip, own, j + a);
+        multiply(sums, left, right[a], columns);
       }
     }
+    store(sums, columns, place);
   }
 
-  // The sum of gate `gate` of the strip's unit `unit`, for the batch's column.
-  __device__ __forceinline__ float sum(const Weights& w, int unit, int gate, int column) const {
-    const int units = units_of_tile(w.gates), row = unit / units * 16 + unit % units * w.gates + gate;
+  // The sums of the gates of the strip's unit `unit`, for the batch's column.
+  template <int Gates>
+  __device__ __forceinline__ Vector<float, 4> sums(const Weights& w, int unit, int column, int place = 0) const {
+    constexpr int kUnits = units_of_tile(Gates);
     const int chunks = (w.depth + kDepth - 1) / kDepth, warps = (chunks + w.slots - 1) / w.slots;
-    float total = 0.0f;
-    for (int warp = 0; warp < warps; ++warp) {
-      total += load_shared(sums_ + (warp * Tiles * 16 + row) * kPitch + column);
+    const float* from = at(place * kWarps, column, unit / kUnits * 16 + unit % kUnits * Gates);
+    Vector<float, 4> total{};
+    for (int warp = 0; warp < warps; ++warp, from += Columns * kPitch) {
+      if constexpr (Gates == 4) {
+        const auto four = load_shared<4>(from);
+#pragma unroll
+        for (int g = 0; g < 4; ++g) total[g] += four[g];
+      } else {
+#pragma unroll
+        for (int g = 0; g < Gates; ++g) total[g] += load_shared(from + g);
+      }
     }
     return total;
   }
@@ -165,8 +181,22 @@ class Product {
     uint32_t words[2 * Tiles][4];
   };
 
+  using Right = uint32_t[kRows][4];
+  using Sums = float[Tiles][kRows][kSums];  // of the tensor cores' rows and columns, or of the rows lane / 4 and + 8
+
   static __device__ __forceinline__ Vector<uint32_t, 4> as_vector(const uint32_t (&words)[4]) {
     return {{words[0], words[1], words[2], words[3]}};
+  }
+
+  // A chunk that is not in registers.
+  __device__ __forceinline__ void load_kept(Left& left, const Weights& w, int strip, int own, int j) const {
+    const int slot = w.first_slot + own * w.slots + j - residence_.in_registers;
+    if (slot >= residence_.in_shared) return load_left(left, w, strip, j, true);
+#pragma unroll
+    for (int i = 0; i < 2 * Tiles; ++i) {
+      const auto piece = load_shared<4>(kept_ + (slot * 2 * Tiles + i) * kThreads * 4);
+      __builtin_memcpy(left.words[i], &piece, sizeof(piece));
+    }
   }
 
   static __device__ __forceinline__ void load_left(Left& left, const Weights& w, int strip, int j, bool exists) {
@@ -181,37 +211,94 @@ class Product {
     }
   }
 
-  static __device__ __forceinline__ void load_right(uint32_t (&right)[kBlocks][4], const Weights& w,
-                                                    const T* const (&rows)[kBlocks], int chunk, bool exists) {
+  static __device__ __forceinline__ void load_right(Right& right, const Weights& w, const T* const (&rows)[kRows],
+                                                    int chunk, bool exists) {
     const int k = chunk * kDepth + threadIdx.x % 4 * kChunk<T>;
 #pragma unroll
-    for (int n = 0; n < kBlocks; ++n) load_piece(right[n], exists ? rows[n] : nullptr, k, w.depth);
+    for (int n = 0; n < kRows; ++n) load_piece(right[n], exists ? rows[n] : nullptr, k, w.depth);
   }
 
-  // A lane's 16 bytes are two products' depth: the first half and the second.
-  static __device__ __forceinline__ void multiply(float (&sums)[Tiles][kBlocks][4], const Left& left,
-                                                  const uint32_t (&right)[kBlocks][4]) {
+  static __device__ __forceinline__ void multiply(Sums& sums, const Left& left, const Right& right, int columns) {
+    if constexpr (kScalar) {
 #pragma unroll
-    for (int half = 0; half < 4; half += 2) {
-      Fragment<C> a[Tiles];
+      for (int n = 0; n < kRows; ++n) {
+        if (n >= columns) break;
 #pragma unroll
-      for (int tile = 0; tile < Tiles; ++tile) {
-        const uint32_t (&upper)[4] = left.words[2 * tile], (&lower)[4] = left.words[2 * tile + 1];
-        a[tile] = to_fragment<C>({upper[half], lower[half], upper[half + 1], lower[half + 1]});
+        for (int i = 0; i < 2 * Tiles; ++i) {
+#pragma unroll
+          for (int k = 0; k < 4; ++k) {
+            sums[i / 2][n][i % 2] =
+                fmaf(__uint_as_float(left.words[i][k]), __uint_as_float(right[n][k]), sums[i / 2][n][i % 2]);
+          }
+        }
       }
+    } else if constexpr (kRows == 1) {
+      const Fragment<C> b = to_fragment<C>(right[0]);
 #pragma unroll
-      for (int n = 0; n < kBlocks; n += 2) {
-        const Fragment<C> b =
-            to_fragment<C>({right[n][half], right[n][half + 1], right[n + 1][half], right[n + 1][half + 1]});
+      for (int half = 0; half < 4; half += 2) {
 #pragma unroll
         for (int tile = 0; tile < Tiles; ++tile) {
-          fastnets::multiply<C>(sums[tile][n], sums[tile][n + 1], a[tile], b);
+          const Fragment<C> a = fragment(left, tile, half);
+#pragma unroll
+          for (int product = 2 * C::kParts - 2; product >= 0; --product) {
+            const uint32_t (&y)[4] = b.parts[product % 2];
+            detail::multiply<C>(sums[tile][0], a.parts[product / 2], {y[half], y[half + 1]});
+          }
+        }
+      }
+    } else {
+#pragma unroll
+      for (int half = 0; half < 4; half += 2) {
+        Fragment<C> a[Tiles];
+#pragma unroll
+        for (int tile = 0; tile < Tiles; ++tile) a[tile] = fragment(left, tile, half);
+#pragma unroll
+        for (int n = 0; n < kRows; n += 2) {
+          const Fragment<C> b =
+              to_fragment<C>({right[n][half], right[n][half + 1], right[n + 1][half], right[n + 1][half + 1]});
+#pragma unroll
+          for (int tile = 0; tile < Tiles; ++tile) {
+            fastnets::multiply<C>(sums[tile][n], sums[tile][n + 1], a[tile], b);
+          }
         }
       }
     }
   }
 
-  float* sums_;     // [warp][row][column]
+  // A lane's 16 bytes are two products' depth: the first half and the second.
+  static __device__ __forceinline__ Fragment<C> fragment(const Left& left, int tile, int half) {
+    const uint32_t (&upper)[4] = left.words[2 * tile], (&lower)[4] = left.words[2 * tile + 1];
+    return to_fragment<C>({upper[half], lower[half], upper[half + 1], lower[half + 1]});
+  }
+
+  __device__ __forceinline__ float* at(int warp, int column, int row) const {
+    return sums_ + (warp * Columns + column) * kPitch + row;
+  }
+
+  // A warp's sums, for the block to add up.
+  __device__ __forceinline__ void store(const Sums& sums, int columns, int place) const {
+    const int lane = threadIdx.x % 32, warp = place * kWarps + threadIdx.x / 32;
+#pragma unroll
+    for (int tile = 0; tile < Tiles; ++tile) {
+#pragma unroll
+      for (int n = 0; n < kRows; ++n) {
+        if (kScalar && n >= columns) break;
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) {
+          float sum = sums[tile][n][i];
+          const int half = kScalar ? i : i / 2, column = kScalar ? n : 8 * n + lane % 4 * 2 + i % 2;
+          if (kScalar) {  // four lanes share a row
+            sum += __shfl_xor_sync(~0u, sum, 1);
+            sum += __shfl_xor_sync(~0u, sum, 2);
+            if (lane % 4 != 0) continue;
+          }
+          store_shared(at(warp, column, tile * 16 + lane / 4 + half * 8), sum);
+        }
+      }
+    }
+  }
+
+  float* sums_;     // [place][warp][column][row]
   uint32_t* kept_;  // [slot][2 Tiles][thread][4]
   Residence residence_;
   Left held_[kRegisterSlots];
@@ -253,13 +340,20 @@ __device__ __forceinline__ void with_gates(Cell cell, F&& f) {
   }
 }
 
-// Calls f with a value of the arithmetic of the layer's products.
+// Calls f with the arithmetic of the layer's products and, a constant, the rows of the batch that one covers.
 template <class F>
 void with_arithmetic(const RecurrentShape& s, F&& f) {
+  const auto with_columns = [&](auto arithmetic) {
+    if (s.batch <= 8) return f(arithmetic, std::integral_constant<int, 8>{});
+    if (s.batch <= 16) return f(arithmetic, std::integral_constant<int, 16>{});
+    f(arithmetic, std::integral_constant<int, 32>{});
+  };
   switch (s.dtype) {
-    case Dtype::kBFloat16: return f(Bf16{});
-    case Dtype::kFloat16: return f(Fp16{});
-    case Dtype::kFloat32: return s.tf32 ? f(Tf32{}) : f(Fp32{});
+    case Dtype::kBFloat16: return with_columns(Bf16{});
+    case Dtype::kFloat16: return with_columns(Fp16{});
+    case Dtype::kFloat32:
+      if (s.batch <= 4) return f(Scalar{}, std::integral_constant<int, 4>{});
+      return s.tf32 ? with_columns(Tf32{}) : with_columns(Fp32{});
     default: throw std::invalid_argument("the CUDA kernels take float32, bfloat16 and float16");
   }
 }
@@ -300,11 +394,22 @@ __device__ __forceinline__ void for_items(F&& f) {
   for (int i = threadIdx.x; i < Units * Columns; i += kThreads) f(i % Units, i / Units);
 }
 
+// A grid's x shares out the strips, its y groups of the batch's rows, which never meet: this block's first row, and how
+// far it is to its next one.
+template <int Columns>
+__device__ __forceinline__ int64_t first_row() {
+  return int64_t{blockIdx.y} * Columns;
+}
+template <int Columns>
+__device__ __forceinline__ int64_t next_rows() {
+  return int64_t{gridDim.y} * Columns;
+}
+
 // Calls f(row of the batch, unit) for this thread's share of every strip that the block has.
 template <int Units, int Columns, class F>
 __device__ __forceinline__ void for_own_units(int strips, int64_t units, int64_t batch, F&& f) {
   for (int strip = blockIdx.x; strip < strips; strip += gridDim.x) {
-    for (int64_t first = 0; first < batch; first += Columns) {
+    for (int64_t first = first_row<Columns>(); first < batch; first += next_rows<Columns>()) {
       for_items<Units, Columns>([&](int unit, int column) {
         const int64_t j = int64_t{strip} * Units + unit, b = first + column;
         if (j < units && b < batch) f(b, j);
@@ -313,16 +418,10 @@ __device__ __forceinline__ void for_own_units(int strips, int64_t units, int64_t
   }
 }
 
-// How the strips of a layer's products go over the blocks of a launch, and what of their weights stays on the chip.
-struct Plan {
-  int blocks;
-  size_t shared;
-  Residence residence;
-};
-
-template <class ProductType, int Tiles>
+// A matrix of so many units and gates as the kernel's products take it.
+template <class ProductType>
 Weights weights_of(const void* data, int64_t units, int64_t depth, int gates) {
-  const int units_of_strip = Tiles * units_of_tile(gates);
+  const int units_of_strip = ProductType::kTiles * units_of_tile(gates);
   const int chunks = static_cast<int>((depth + ProductType::kDepth - 1) / ProductType::kDepth);
   return {data,
           static_cast<int>(units),
@@ -333,23 +432,38 @@ Weights weights_of(const void* data, int64_t units, int64_t depth, int gates) {
           0};
 }
 
-// `second` may have no strips. A sequence of one step keeps nothing: it reads its weights once.
-template <class ProductType>
-Plan plan_for(const char* name, const void* kernel, Weights& first, Weights& second, int64_t steps) {
-  const size_t limit = shared_limit();
-  const int room = static_cast<int>((limit - ProductType::shared_bytes(0)) / ProductType::kSlotBytes);
-  const int resident = resident_blocks(kernel, kThreads, ProductType::shared_bytes(room));
-  if (resident == 0) throw std::runtime_error(std::string(name) + ": the device takes no cooperative launch");
-  const int strips = std::max(first.strips, second.strips), each = (strips + resident - 1) / resident;
-  Plan plan{(strips + each - 1) / each, 0, {}};
-  const auto slots = [&](const Weights& w) { return (w.strips + plan.blocks - 1) / plan.blocks * w.slots; };
-  second.first_slot = slots(first);
-  if (steps > 1) {
-    plan.residence.in_registers = std::min(first.slots, ProductType::kRegisterSlots);
-    plan.residence.in_shared = std::min(room, slots(first) + slots(second) - plan.residence.in_registers);
+// Deals the strips of both products (the second may have none) to blocks, keeps of their weights on the chip what fits,
+// and launches. Blocks that wait for each other must all run at once; where there is room for more, they share the rows
+// of the batch out, too, each share with the weights of its own. A sequence of one step reads its weights once and
+// keeps nothing. `places`: for sums.
+template <class ProductType, class Parameters>
+void launch_persistent(const char* name, void (*kernel)(Parameters), Parameters& a, bool waits, int places,
+                       Stream stream) {
+  Weights &first = a.recurrent, &second = a.projection;
+  const size_t least = ProductType::shared_bytes(0) + (places - 1) * ProductType::kSumBytes;
+  const bool keeps = a.pass.shape.steps > 1;
+  const int room = keeps ? static_cast<int>((shared_limit() - least) / ProductType::kSlotBytes) : 0;
+  const int strips = std::max(first.strips, second.strips);
+  const int64_t groups = (a.pass.shape.batch + ProductType::kColumns - 1) / ProductType::kColumns;
+  int blocks = strips;
+  int64_t shares = std::min<int64_t>(groups, 65535);  // of the batch
+  if (waits) {
+    const int resident =
+        resident_blocks(reinterpret_cast<const void*>(kernel), kThreads, least + room * ProductType::kSlotBytes);
+    if (resident == 0) throw std::runtime_error(std::string(name) + ": the device takes no cooperative launch");
+    const int each = (strips + resident - 1) / resident;
+    blocks = (strips + each - 1) / each;
+    shares = std::min<int64_t>(shares, resident / blocks);
   }
-  plan.shared = ProductType::shared_bytes(plan.residence.in_shared);
-  return plan;
+  const auto slots = [&](const Weights& w) { return (w.strips + blocks - 1) / blocks * w.slots; };
+  second.first_slot = slots(first);
+  if (keeps) {
+    a.residence.in_registers = std::min(first.slots, ProductType::kRegisterSlots);
+    a.residence.in_shared = std::min(room, slots(first) + slots(second) - a.residence.in_registers);
+  }
+  const size_t shared = least + a.residence.in_shared * ProductType::kSlotBytes;
+  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(shares));
+  launch({name, grid, kThreads, stream, shared, waits}, kernel, a);
 }
 
 }  // namespace fastnets::cuda

@@ -169,7 +169,8 @@ __global__ void __launch_bounds__(kThreads, 1) backward(Parameters a) {
     const bool ends = step == s.steps;
     const int64_t t = times.time(s.steps - 1 - step), former = times.time(s.steps - step);
     const uint32_t done = static_cast<uint32_t>(step);
-    for (int64_t first = 0; first < s.batch; first += Columns) {
+    for (int64_t first = first_row<Columns>(); first < s.batch; first += next_rows<Columns>()) {
+      const int rows = static_cast<int>(s.batch - first < Columns ? s.batch - first : Columns);
       uint32_t* const of_outputs = p.flags + first / Columns * (a.recurrent.strips + a.projection.strips);
       uint32_t* const of_cells = of_outputs + (projects ? a.recurrent.strips : 0);
       for (int phase = 0; phase < (projects && !ends ? 2 : 1); ++phase) {
@@ -194,7 +195,7 @@ __global__ void __launch_bounds__(kThreads, 1) backward(Parameters a) {
             } else if (own == 0) {
               wait_for_gates<ProductType::kDepth>(w, of_cells, cell_strips, s.hidden, done);
             }
-            product(w, strip, own, [&](int column) -> const T* {
+            product(w, strip, own, rows, 0, [&](int column) -> const T* {
               const int64_t b = first + column;
               if (!times.runs(phase == 1 ? t : former, b)) return nullptr;
               if (phase == 1) return static_cast<const T*>(p.grad_projected) + (t * s.batch + b) * p.output_row;
@@ -205,7 +206,7 @@ __global__ void __launch_bounds__(kThreads, 1) backward(Parameters a) {
           for_items<kUnits, Columns>([&](int unit, int column) {
             const int64_t j = first_unit + unit, b = first + column;
             if (j >= w.units || b >= s.batch) return;
-            float grad = any ? product.sum(w, unit, 0, column) : 0.0f;
+            float grad = any ? product.template sums<1>(w, unit, column)[0] : 0.0f;
             if (phase == 0 && !layer.pass_on(t, b, j, ends, grad)) return;
             if (!has_cells) return;
             const bool loaded = column * kUnits + unit == static_cast<int>(threadIdx.x);
@@ -226,27 +227,17 @@ __global__ void __launch_bounds__(kThreads, 1) backward(Parameters a) {
   }
 }
 
-template <class C, int Columns>
-void launch_backward(const RecurrentBackwardPass& pass, Stream stream) {
-  using ProductType = Product<C, kTiles, Columns, kSlots>;
-  const RecurrentShape& s = pass.shape;
-  Parameters a{pass, {}, {}, {}};
-  a.recurrent = weights_of<ProductType, kTiles>(pass.w_hh, s.output, pass.gates_row, 1);
-  if (pass.w_hr != nullptr) a.projection = weights_of<ProductType, kTiles>(pass.w_hr, s.hidden, pass.output_row, 1);
-  const Plan plan = plan_for<ProductType>("recurrent_backward", reinterpret_cast<const void*>(&backward<C, Columns>),
-                                          a.recurrent, a.projection, s.steps);
-  a.residence = plan.residence;
-  launch({"recurrent_backward", static_cast<unsigned>(plan.blocks), kThreads, stream, plan.shared, true},
-         backward<C, Columns>, a);
-}
-
 }  // namespace
 
 void recurrent_backward(const RecurrentBackwardPass& p, Stream stream) {
-  with_arithmetic(p.shape, [&](auto arithmetic) {
+  with_arithmetic(p.shape, [&](auto arithmetic, auto columns) {
     using C = decltype(arithmetic);
-    if (p.shape.batch <= 16) return launch_backward<C, 16>(p, stream);
-    launch_backward<C, 32>(p, stream);
+    using ProductType = Product<C, kTiles, columns.value, kSlots>;
+    const RecurrentShape& s = p.shape;
+    Parameters a{p, {}, {}, {}};
+    a.recurrent = weights_of<ProductType>(p.w_hh, s.output, p.gates_row, 1);
+    if (p.w_hr != nullptr) a.projection = weights_of<ProductType>(p.w_hr, s.hidden, p.output_row, 1);
+    launch_persistent<ProductType>("recurrent_backward", backward<C, columns.value>, a, true, 1, stream);
   });
 }
 

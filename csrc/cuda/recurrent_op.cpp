@@ -29,10 +29,12 @@ Tensor new_padded(const Tensor& x, int64_t rows, int64_t columns) {
   return row == columns ? new_empty(x, {rows, row}) : new_zeros(x, {rows, row});
 }
 
+bool is_aligned(const Tensor& x) { return reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0; }
+
 // A matrix whose rows are whole pieces of 16 bytes: itself, or a copy with zeros behind its columns.
 Tensor padded(const Tensor& x) {
   const int64_t columns = x.size(1), row = padded(x, columns);
-  if (row == columns && x.is_contiguous() && reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0) return x;
+  if (row == columns && x.is_contiguous() && is_aligned(x)) return x;
   const Tensor copy = new_padded(x, x.size(0), columns);
   Tensor to = narrow(copy, 1, 0, columns);
   torch::stable::copy_(to, x);
@@ -49,6 +51,12 @@ Tensor column_sums(const Tensor& x) {
   return torch::stable::sum(x, torch::headeronly::IntHeaderOnlyArrayRef(rows.data(), rows.size()));
 }
 
+// Whether a step of few rows makes its product with x in the same launch: what the weights cost is reading them once.
+bool makes_from_x(const RecurrentShape& s, const RecurrentOperands& o) {
+  constexpr int64_t kRows = 32;
+  return s.steps == 1 && s.batch <= kRows && padded(o.x, s.input) == s.input && is_aligned(o.x) && is_aligned(o.w_ih);
+}
+
 // The products over all steps are torch's: they are as large as any in a network, and its own library knows every GPU.
 struct Gpu {
   static void forward(const RecurrentForward& params, const RecurrentOperands& o) {
@@ -60,14 +68,17 @@ struct Gpu {
     cuda::RecurrentForwardPass p{};
     static_cast<RecurrentForward&>(p) = params;
     p.output_row = padded(o.x, s.output), p.hidden_row = padded(o.x, s.hidden);
-    const Tensor from_x = torch::stable::matmul(o.x, transposed(o.w_ih));
+    const bool alone = makes_from_x(s, o);
+    const Tensor from_x = alone ? o.x : torch::stable::matmul(o.x, transposed(o.w_ih));
     const Tensor w_hh = padded(o.w_hh), first_h = padded(o.h0), w_hr = o.w_hr ? padded(*o.w_hr) : o.x;
     const Tensor exchange = new_zeros(o.x, {p.output_row == s.output ? 0 : 2 * s.batch * p.output_row});
     const Tensor unprojected = new_zeros(o.x, {o.w_hr ? s.batch * p.hidden_row : 0});
     const Tensor state = new_empty(o.x, {s.batch * s.hidden}, ScalarType::Float);
-    const Tensor flags = new_zeros(o.x, {cuda::recurrent_flags(s)}, ScalarType::Int);
+    const int64_t count = cuda::recurrent_flags(s);
+    const Tensor flags =
+        p.waits() ? new_zeros(o.x, {count}, ScalarType::Int) : new_empty(o.x, {count}, ScalarType::Int);
     p.w_hh = w_hh.data_ptr(), p.w_hr = o.w_hr ? w_hr.data_ptr() : nullptr;
-    p.from_x = from_x.data_ptr(), p.first_h = first_h.data_ptr();
+    p.from_x = alone ? nullptr : from_x.data_ptr(), p.first_h = first_h.data_ptr();
     p.exchange = exchange.numel() > 0 ? exchange.data_ptr() : nullptr;
     p.unprojected = unprojected.data_ptr();
     p.state = static_cast<float*>(state.data_ptr());

@@ -3,7 +3,7 @@
 #include <dlfcn.h>
 #include <pybind11/pybind11.h>
 
-#include "runtime.h"
+#include "device.h"
 
 namespace py = pybind11;
 
@@ -45,6 +45,7 @@ PYBIND11_MODULE(_simt, m) {
         "[(kernel, threads in a block, bytes of dynamic shared memory)] since reset_counters(), each once; a kernel is "
         "its "
         "address in this library.");
+  m.def("largest_grid", [] { return simt::largest_grid; }, "The most blocks of a launch since reset_counters().");
   m.def("reset_counters", &simt::reset_counters);
   m.def("multiprocessors", &simt::multiprocessors, "How many the kernels choose their tiles and shares for.");
   m.def("set_multiprocessors", &simt::set_multiprocessors, py::arg("count"));

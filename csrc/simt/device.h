@@ -106,7 +106,8 @@ struct Block {
   size_t array_bytes = 0;
 };
 
-extern Counters* counting;  // the running grid's counters, or null
+extern Counters* counting;     // the running grid's counters, or null
+extern uint64_t largest_grid;  // blocks, of the grids counted since the last reset
 void record(Fiber& fiber, Access access, const void* address, unsigned bytes, Where at);
 void note_barrier();
 

@@ -23,6 +23,7 @@ namespace simt {
 Thread* current = nullptr;
 Launch active{};
 bool watching = false;
+uint64_t largest_grid = 0;
 
 void FreeMemory::operator()(void* p) const { std::free(p); }
 
@@ -373,6 +374,7 @@ void run(const Launch& launch, void (*body)(void*), void* argument) {
   if (counting != nullptr) {
     counting->launches += 1;
     device.launched.insert({launch.kernel, launch.block.volume(), launch.shared});
+    largest_grid = std::max(largest_grid, launch.grid.volume());
   }
   watching = device.count || device.seed != 0;
   adopt(device.host);
@@ -406,6 +408,7 @@ const std::set<Launched>& launched() { return device.launched; }
 void reset_counters() {
   device.counters.clear();
   device.launched.clear();
+  largest_grid = 0;
 }
 
 void fail(const std::string& message, Where at) {

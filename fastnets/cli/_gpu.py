@@ -113,3 +113,36 @@ def roofline(gpu: Gpu, work: Work) -> tuple[float, str]:
     }
     limit = max(bounds, key=bounds.__getitem__)
     return bounds[limit], limit
+
+
+_L2_LATENCY = 280
+"""Clocks until data from L2 is there; 222 to 339 were measured on an L40 (https://arxiv.org/abs/2606.22588)."""
+_L2_BYTES = 48
+"""That a multiprocessor gets from L2 a clock: 5120 for the 108 of an A100, by its white paper."""
+_EXCHANGE = 3.5
+"""Latencies of L2 between a block's last store and its reader's first product: until stores have arrived and the flag
+may follow (1), the flag's way (1/2), the poll that finds it (1), the data (1)."""
+_CELL = 300
+"""Clocks of a step's barriers, partial sums and activations: assumed, none of it counted."""
+
+
+def step(gpu: Gpu, work: Work, moved: float, blocks: int) -> tuple[float, str]:
+    """The seconds that one step of a persistent recurrent kernel takes, and the most of them: an estimate.
+
+    A step waits for the one before it, so that nothing of these overlaps: the exchange between blocks; what a block
+    loads and stores; its products; its passes over shared memory; the cell.
+
+    Args:
+        work: of all blocks.
+        moved: bytes between L2 and all blocks.
+        blocks: each on a multiprocessor of its own.
+    """
+    each = gpu.multiprocessors * gpu.clock * 1e9  # from a GPU's peak to a multiprocessor's, a clock
+    clocks = {
+        "exchange": _EXCHANGE * _L2_LATENCY,
+        "L2": moved / blocks / _L2_BYTES,
+        "tensor": (work.half_flops / (gpu.half * 1e12) + work.tf32_flops / (gpu.tf32 * 1e12)) * each / blocks,
+        "shared": work.wavefronts / blocks,
+        "cell": _CELL,
+    }
+    return sum(clocks.values()) / (gpu.clock * 1e9), max(clocks, key=clocks.__getitem__)

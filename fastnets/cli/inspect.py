@@ -170,7 +170,7 @@ def entry(kernel: code.Kernel, launch: _workloads.Launch | None) -> dict[str, An
 
 def _workload_entry(counts: _workloads.Counts) -> dict[str, Any]:
     workload = counts.workload
-    estimates = {gpu.name: _gpu.roofline(gpu, counts.work) for gpu in _gpu.GPUS}
+    estimates = {gpu.name: counts.estimate(gpu) for gpu in _gpu.GPUS}
     return {
         "op": workload.op,
         "name": workload.name,
@@ -225,7 +225,7 @@ def _print_counts(counts: Sequence[_workloads.Counts], out: Console) -> None:
     for c in counts:
         if c.workload.dtype == torch.float16:  # moves what bfloat16 moves
             continue
-        estimates = [_gpu.roofline(gpu, c.work) for gpu in _gpu.GPUS]
+        estimates = [c.estimate(gpu) for gpu in _gpu.GPUS]
         limits = dict.fromkeys(limit for _, limit in estimates)
         table.add_row(
             c.workload.op,
@@ -242,7 +242,8 @@ def _print_counts(counts: Sequence[_workloads.Counts], out: Console) -> None:
     out.print(
         "bytes: of the sectors of 32 that requests touch, over every tensor once; sectors: a request's (bytes that "
         "lanes ask for, in sectors);\nconflicts: of banks, an access to shared memory. Times are lower bounds at "
-        "NVIDIA's documented peaks: no GPU has run this.\ndocs/gpu.md has the model."
+        "NVIDIA's documented peaks, of a recurrent step\na sum of what it waits for: no GPU has run this. docs/gpu.md "
+        "has the models."
     )
 
 

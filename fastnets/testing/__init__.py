@@ -50,6 +50,8 @@ class Case:
     """PyTorch's own for the same inputs, the measure and the rival; None where it has none (then our reference)."""
     constant: frozenset[str] = frozenset()
     """Floating inputs without gradient."""
+    draws: int = 1
+    """Draws that are judged together: several where a tensor has so few elements that one draw's rounding is luck."""
     dtypes: tuple[torch.dtype, ...] = DTYPES
     quick: bool = True
     """Part of `verify --quick` and of the default test run."""
@@ -133,23 +135,24 @@ def check(case: Case, dtype: torch.dtype, backend: str, *, seed: int = 0) -> Out
     """
     interpreted = backend == "triton" and dispatch.why_missing(backend) is not None
     device = "cuda" if backend in ("cuda", "triton") and not interpreted else "cpu"
-    drawn = case.inputs(torch.Generator().manual_seed(seed))
     # For float64 itself nothing truer is at hand: PyTorch's float32 error, scaled by the ratio of the two epsilons.
     measured_in = torch.float32 if dtype == torch.float64 else dtype
     peer = case.peer or case.function
-    with poisoned_memory(), full_precision(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # PyTorch's, of its own slow or odd cases
-        with dispatch.backend(backend):
-            both_ways = case.two_ways and backend in ("cuda", "simt")
-            ours = _run(case, case.function, drawn, dtype, dtype, device, seed, both_ways)
-        with dispatch.backend("reference"):
-            truth = _run(case, case.function, drawn, dtype, torch.float64, device, seed)
-            measured = _run(case, peer, drawn, measured_in, measured_in, device, seed)
-            exact = (
-                truth
-                if measured_in == dtype
-                else _run(case, case.function, drawn, measured_in, torch.float64, device, seed)
-            )
+    ours, truth, measured, exact = {}, {}, {}, {}
+    for draw in range(seed * case.draws, (seed + 1) * case.draws):
+        drawn = case.inputs(torch.Generator().manual_seed(draw))
+        with poisoned_memory(), full_precision(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # PyTorch's, of its own slow or odd cases
+            with dispatch.backend(backend):
+                both_ways = case.two_ways and backend in ("cuda", "simt")
+                _append(ours, _run(case, case.function, drawn, dtype, dtype, device, draw, both_ways))
+            with dispatch.backend("reference"):
+                true = _run(case, case.function, drawn, dtype, torch.float64, device, draw)
+                _append(truth, true)
+                _append(measured, _run(case, peer, drawn, measured_in, measured_in, device, draw))
+                if measured_in != dtype:
+                    true = _run(case, case.function, drawn, measured_in, torch.float64, device, draw)
+                _append(exact, true)
     scale = torch.finfo(dtype).eps / torch.finfo(measured_in).eps
     worst = Outcome(0.0, 0.0, "no output")
     freely = [(name + _FREELY, name) for name in truth if name + _FREELY in ours]
@@ -168,6 +171,12 @@ def check(case: Case, dtype: torch.dtype, backend: str, *, seed: int = 0) -> Out
             if outcome.error * worst.tolerance >= worst.error * outcome.tolerance:
                 worst = outcome
     return worst
+
+
+def _append(to: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    """Puts each tensor behind those of its name from former draws."""
+    for name, tensor in found.items():
+        to[name] = torch.cat([to[name], tensor]) if name in to else tensor
 
 
 def _difference(a: Tensor, b: Tensor) -> Tensor:

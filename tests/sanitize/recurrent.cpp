@@ -20,6 +20,7 @@ struct Shape {
   bool bias, last_gradients;                // gradients of h and c, or of y alone
   unsigned resident;                        // blocks
   size_t shared;                            // bytes of a block
+  bool makes_from_x = false;                // the kernel, in the same launch
 };
 
 constexpr unsigned kMany = 32;
@@ -31,6 +32,7 @@ const Shape kShapes[] = {
     {"lstm, projected", Cell::kLstm, false, 4, 3, 40, 7, {2, 4, 0}, true, true, kMany, kLarge},
     {"lstm, projected, reverse", Cell::kLstm, true, 3, 11, 24, 24, {}, false, false, kMany, kLarge},
     {"lstm, two groups of rows", Cell::kLstm, false, 3, 35, 9, 3, {}, true, true, kMany, kLarge},
+    {"gru, two groups of rows in one block", Cell::kGru, true, 3, 40, 9, 0, {}, true, true, 1, kLarge},
     {"lstm, streamed", Cell::kLstm, false, 3, 3, 72, 40, {3, 3, 2}, true, true, 2, kSmall},
     {"gru", Cell::kGru, false, 4, 5, 20, 0, {3, 4, 0, 2, 4}, true, true, kMany, kLarge},
     {"gru, reverse", Cell::kGru, true, 4, 19, 17, 0, {}, true, false, kMany, kLarge},
@@ -39,8 +41,21 @@ const Shape kShapes[] = {
     {"tanh, reverse, lengths", Cell::kRnnTanh, true, 5, 9, 33, 0, {5, 1, 2, 3, 4, 0, 5, 5, 1}, true, true, 2, kLarge},
     {"relu", Cell::kRnnRelu, false, 4, 6, 36, 0, {1, 0, 4, 4, 2, 3}, true, true, kMany, kLarge},
     {"relu, reverse", Cell::kRnnRelu, true, 2, 1, 100, 0, {}, true, true, 3, kSmall},
-    {"gru, one step", Cell::kGru, false, 1, 4, 25, 0, {}, true, true, kMany, kLarge},
-    {"lstm, one step, projected", Cell::kLstm, false, 1, 4, 25, 6, {1, 0, 1, 1}, true, true, 3, kLarge},
+    {"tanh, one step", Cell::kRnnTanh, true, 1, 18, 33, 0, {}, true, true, kMany, kLarge},
+    {"gru, one step and x", Cell::kGru, false, 1, 4, 25, 0, {}, true, true, kMany, kLarge, true},
+    {"lstm, one step and x, projected",
+     Cell::kLstm,
+     false,
+     1,
+     9,
+     25,
+     6,
+     {1, 0, 1, 1, 1, 0, 0, 1, 1},
+     true,
+     true,
+     3,
+     kLarge,
+     true},
 };
 
 double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
@@ -52,19 +67,22 @@ struct Layer {
   RecurrentShape s{};
   int64_t gates;
   Random random;
-  Tensor from_x, h0, c0, w_hh, w_hr, b_ih, b_hh, grad_y, grad_h, grad_c;
+  Tensor x, w_ih, from_x, h0, c0, w_hh, w_hr, b_ih, b_hh, grad_y, grad_h, grad_c;
   Doubles y, h, c, saved, cells;  // forwards; `saved`: the gates behind their activation, 4 H a row
   Doubles h_before, grad_gates, grad_inputs, grad_projected, unprojected, grad_h0, grad_c0;
 
   Layer(const Shape& of, Dtype dtype, bool tf32) {
     s.dtype = dtype, s.cell = of.cell, s.reverse = of.reverse, s.tf32 = tf32;
-    s.steps = of.steps, s.batch = of.batch, s.hidden = of.hidden;
+    s.steps = of.steps, s.batch = of.batch, s.hidden = of.hidden, s.input = 24;
     s.output = of.projected > 0 ? of.projected : of.hidden;
     s.lengths = of.lengths.empty() ? nullptr : of.lengths.data();
     gates = s.cell == Cell::kLstm ? 4 : s.cell == Cell::kGru ? 3 : 1;
     const double scale = 1 / std::sqrt(static_cast<double>(s.hidden));
     const auto draw = [&](int64_t count, double range) { return random.tensor(dtype, count, -range, range); };
-    from_x = draw(s.steps * s.batch * gates * s.hidden, 1);
+    x = draw(s.steps * s.batch * s.input, 1), w_ih = draw(gates * s.hidden * s.input, 0.4);
+    const Doubles product = times_w_ih();
+    from_x = Tensor(of.makes_from_x ? Dtype::kFloat64 : dtype, static_cast<int64_t>(product.size()));
+    for (int64_t i = 0; i < from_x.size(); ++i) from_x.set(i, product[i]);
     h0 = draw(s.batch * s.output, 1), c0 = draw(s.batch * s.hidden, 1);
     w_hh = draw(gates * s.hidden * s.output, 2 * scale);
     if (of.projected > 0) w_hr = draw(s.output * s.hidden, 2 * scale);
@@ -88,6 +106,17 @@ struct Layer {
   static double bias(const Tensor& of, int64_t i) { return of.size() > 0 ? of[i] : 0; }
 
  private:
+  Doubles times_w_ih() const {
+    const int64_t rows = s.steps * s.batch, columns = gates * s.hidden;
+    Doubles product(rows * columns);
+    for (int64_t i = 0; i < rows * columns; ++i) {
+      for (int64_t k = 0; k < s.input; ++k) {
+        product[i] += x[i / columns * s.input + k] * w_ih[i % columns * s.input + k];
+      }
+    }
+    return product;
+  }
+
   void forwards(int64_t b) {
     Doubles now(s.output), state(s.hidden), raw(s.hidden);
     for (int64_t j = 0; j < s.output; ++j) now[j] = h0[b * s.output + j];
@@ -239,7 +268,8 @@ void forward(const Shape& of, Dtype dtype, bool tf32) {
   p.h0 = layer.h0.data(), p.c0 = lstm ? layer.c0.data() : nullptr;
   p.w_hh = w_hh.data(), p.w_hr = w_hr.data(), p.b_ih = layer.b_ih.data(), p.b_hh = layer.b_hh.data();
   p.y = y.data(), p.h = h.data(), p.c = c.data(), p.gates = gates.data(), p.cells = cells.data();
-  p.from_x = layer.from_x.data(), p.first_h = first_h.data(), p.exchange = exchange.data();
+  p.x = layer.x.data(), p.w_ih = layer.w_ih.data(), p.from_x = of.makes_from_x ? nullptr : layer.from_x.data();
+  p.first_h = first_h.data(), p.exchange = exchange.data();
   p.unprojected = unprojected.data(), p.state = static_cast<float*>(state.data()), p.flags = flags.data();
   fastnets::cuda::recurrent_forward(p, nullptr);
   expect_close("y", y, layer.y, tolerance(s));

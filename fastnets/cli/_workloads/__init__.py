@@ -1,11 +1,11 @@
 """The shapes that `inspect` states figures of: a module a family, with `workloads()` and `probes()`."""
 
-from . import attention, conv, softmax
+from . import attention, conv, recurrent, softmax
 from .counting import Counts, Launch, Workload, measured, missing
 
 __all__ = ["FAMILIES", "Counts", "Launch", "Workload", "measured", "missing", "networks", "probes", "workloads"]
 
-FAMILIES = {"softmax": softmax, "attention": attention, "conv": conv}
+FAMILIES = {"softmax": softmax, "attention": attention, "conv": conv, "recurrent": recurrent}
 """A family without a row here has neither launches nor traffic in the tables."""
 
 

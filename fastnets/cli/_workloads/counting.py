@@ -4,10 +4,12 @@ A shape is run once and stands for `copies` of it (rows, heads of a batch, image
 every count is that many times as large.
 """
 
+import contextlib
 import dataclasses
 import functools
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ... import _library, dispatch, testing
-from .._gpu import Work
+from .._gpu import Gpu, Work, roofline, step
 from .._machine_code import signature
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -54,6 +56,12 @@ class Workload:
     """The inputs that all copies share: weights."""
     gradients: tuple[Gradient, ...] | None = None
     """Each is a pass of its own; None: one backward pass gives them all."""
+    shorter: Callable[[], dict[str, Tensor]] | None = None
+    """The shape with a step less: what that counts is taken off, so that the figures are those of one step."""
+    fewest: tuple[int, int] | None = None
+    """Bytes that such a step has to move, forwards and backwards."""
+    within: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    """What it is run in."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +72,8 @@ class Counts:
     direction: str
     """forward, backward or a gradient's name."""
     launches: tuple[str, ...]
+    blocks: int
+    """Of one copy's largest grid."""
     counters: Mapping[str, int]
     fewest_bytes: int
     """Every input once and every output once."""
@@ -107,6 +117,12 @@ class Counts:
             exponentials=workload.copies * workload.exponentials if again else 0,
         )
 
+    def estimate(self, gpu: Gpu) -> tuple[float, str]:
+        """Seconds, and what they are spent on."""
+        if self.workload.shorter is not None:
+            return step(gpu, self.work, self.bytes, self.blocks)
+        return roofline(gpu, self.work)
+
 
 class Launch(NamedTuple):
     """How a kernel was started."""
@@ -124,18 +140,42 @@ def missing() -> str | None:
 
 def measured(workload: Workload) -> tuple[list[Counts], dict[str, Launch]]:
     """Runs a workload forwards and backwards; its counts, and its kernels' launches by signature."""
+    torch.manual_seed(0)
+    with workload.within():
+        passes, launches = _passes(workload, workload.inputs())
+        if workload.shorter is not None:
+            for mine, its in zip(passes, _passes(workload, workload.shorter())[0], strict=True):
+                mine.counters.subtract(its.counters)
+    counts = []
+    for place, (direction, found, kernels, blocks, every_tensor) in enumerate(passes):
+        fewest = workload.copies * workload.fewest[place] if workload.fewest else every_tensor
+        total = {name: workload.copies * count for name, count in found.items()}
+        counts.append(Counts(workload, direction, kernels, blocks, total, fewest))
+    return counts, launches
+
+
+class _Pass(NamedTuple):
+    direction: str
+    counters: Counter[str]
+    kernels: tuple[str, ...]
+    blocks: int
+    fewest: int
+    """Bytes of every input and output, of all copies."""
+
+
+def _passes(workload: Workload, inputs: dict[str, Tensor]) -> tuple[list[_Pass], dict[str, Launch]]:
+    """One copy forwards and backwards; its fewest bytes are those of all copies."""
     from ... import _simt
 
+    passes: list[_Pass] = []
     launches: dict[str, Launch] = {}
-    counts = []
 
     def finish(direction: str, fewest: int) -> None:
         found = _simt.counters()
-        total = {
-            name: workload.copies * sum(counters[name] for counters in found.values())
-            for name in next(iter(found.values()))
-        }
-        counts.append(Counts(workload, direction, tuple(sorted(found)), total, fewest))
+        total: Counter[str] = Counter()
+        for counters in found.values():
+            total.update(counters)
+        passes.append(_Pass(direction, total, tuple(sorted(found)), _simt.largest_grid(), fewest))
         for place, threads, shared in _simt.launched():
             launches[signature(_symbols()[place])] = Launch(threads, shared)
         _simt.reset_counters()
@@ -145,8 +185,6 @@ def measured(workload: Workload) -> tuple[list[Counts], dict[str, Launch]]:
         given = {name: t.detach().requires_grad_(name in wanted) for name, t in inputs.items()}
         return [given[name] for name in wanted], workload.call(**given)
 
-    torch.manual_seed(0)
-    inputs = workload.inputs()
     floating = [name for name, t in inputs.items() if t.is_floating_point()]
     of = {name: t.nbytes * (1 if name in workload.common else workload.copies) for name, t in inputs.items()}
     saved = workload.saved * workload.copies
@@ -171,7 +209,7 @@ def measured(workload: Workload) -> tuple[list[Counts], dict[str, Launch]]:
                 finish(gradient.name, out + sum(of[name] for name in (gradient.of, *gradient.reads)))
     finally:
         _simt.set_counting(False)
-    return counts, launches
+    return passes, launches
 
 
 @functools.cache

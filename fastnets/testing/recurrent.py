@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..ops.recurrent import GATES, recurrent
 from ..reference.recurrent import Variant
@@ -14,13 +15,29 @@ _PEERS = {"lstm": torch.lstm, "gru": torch.gru, "rnn_tanh": torch.rnn_tanh, "rnn
 
 
 def _peer(cell: str, reverse: bool):
-    """PyTorch's own layer; a reversed one runs on the flipped sequence."""
+    """PyTorch's own layer; a reversed one runs on the flipped sequence, sequences of several lengths one by one."""
 
     def run(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths):
         weights = [w for w in (w_ih, w_hh, b_ih, b_hh, w_hr) if w is not None]
-        states = h0.unsqueeze(0) if c0 is None else [h0.unsqueeze(0), c0.unsqueeze(0)]
+        states = [h0] if c0 is None else [h0, c0]
+        if lengths is None:
+            return whole(x, states, weights, b_ih is not None)
+        results = []
+        for b, length in enumerate(lengths.tolist()):
+            own = [state[b : b + 1] for state in states]
+            if length == 0:
+                results.append((x.new_zeros(x.shape[0], 1, h0.shape[1]), *own))
+                continue
+            y, *last = whole(x[:length, b : b + 1], own, weights, b_ih is not None)
+            results.append((pad(y, (0, 0, 0, 0, 0, x.shape[0] - length)), *last))
+        y, *last = zip(*results, strict=True)
+        return torch.cat(y, 1), *(torch.cat(state) for state in last)
+
+    def whole(x, states, weights, bias):
         x = x.flip(0) if reverse else x
-        y, *last = _PEERS[cell](x, states, weights, b_ih is not None, 1, 0.0, x.requires_grad, False, False)
+        states = [state.unsqueeze(0) for state in states]
+        states = states if cell == "lstm" else states[0]
+        y, *last = _PEERS[cell](x, states, weights, bias, 1, 0.0, x.requires_grad, False, False)
         return y.flip(0) if reverse else y, *(state[0] for state in last)
 
     return run
@@ -107,7 +124,7 @@ def _case(
         name=", ".join([f"{cell} T{steps} B{batch} I{features} H{hidden}", *filter(None, options)]),
         inputs=inputs,
         function=function,
-        peer=None if lengths or variant or not steps else _peer(cell, reverse),
+        peer=None if variant or not steps else _peer(cell, reverse),
         flops=2.0 * steps * batch * weights,
         elements=float(steps * batch * (features + outputs) + weights),
         draws=16 if hidden == 1 else 1,  # a single weight's gradient is a single sum
@@ -145,7 +162,7 @@ def _grid() -> Iterator[Case]:
     """Every cell at every size, each with the next of the options; lstm projected at every third."""
     for place, (cell, (steps, batch, hidden)) in enumerate(itertools.product(GATES, _GRID)):
         options = _OPTIONS[place % len(_OPTIONS)]
-        if cell == "lstm" and place % 3 == 0:
+        if cell == "lstm" and hidden > 1 and place % 3 == 0:
             options = {**options, "proj": (hidden + 2) // 3}
         yield _case(cell, steps, batch, 6, hidden, **options, quick=False)
 

@@ -54,7 +54,9 @@ class Case:
     """Draws that are judged together: several where a tensor has so few elements that one draw's rounding is luck."""
     dtypes: tuple[torch.dtype, ...] = DTYPES
     quick: bool = True
-    """Part of `verify --quick` and of the default test run."""
+    """Part of `verify --quick`."""
+    suite: bool = True
+    """Part of the tests; False for the many rows of a sweep, which `verify` alone runs."""
     benchmark: tuple[torch.dtype, ...] = ()
     """The dtypes in which this is a row of the benchmark."""
     two_ways: bool = False

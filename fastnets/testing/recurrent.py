@@ -164,7 +164,7 @@ def _grid() -> Iterator[Case]:
         options = _OPTIONS[place % len(_OPTIONS)]
         if cell == "lstm" and hidden > 1 and place % 3 == 0:
             options = {**options, "proj": (hidden + 2) // 3}
-        yield _case(cell, steps, batch, 6, hidden, **options, quick=False)
+        yield _case(cell, steps, batch, 6, hidden, **options, quick=False, suite=False)
 
 
 CASES = [

@@ -17,10 +17,10 @@ CXX_SOURCES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install bench test sanitize wheel testwheel lint format clean
+.PHONY: help install bench test sanitize triton-offline wheel testwheel lint format clean
 
 help:  ## what there is to make
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
 $(VENV)/.needs: Makefile  # what the build needs; it runs without isolation, against the torch that is installed here
 	$(PYTHON) -m venv $(VENV)
@@ -67,6 +67,9 @@ $(VENV)/.wheel-tools: $(VENV)/.needs pyproject.toml
 
 # The same commit in the same folder gives the same bytes: every time in the archive is the commit's. (nvcc makes names of
 # the folder's.) CUDA_HOME's nvcc, where that is set, has to be of version CUDA: wheel-check compares.
+triton-offline: $(VENV)/.interpreter  ## compile the Triton kernels for four architectures and look at them, without a GPU
+	$(IN_VENV) -m fastnets inspect --triton --static $(ARGS)
+
 wheel: export FASTNETS_CUDA = $(if $(CUDA),1,0)
 wheel: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 315532800)
 wheel: $(VENV)/.wheel-tools $(if $(CUDA),$(if $(CUDA_HOME),,$(VENV)/.toolchain))  ## a wheel for any Python >= 3.10 and torch >= 2.10, in dist/

@@ -17,16 +17,23 @@ _LOG2_E = 1.4426950408889634
 _FAR = 2**30 - 1  # more than any length
 LOG2_E = tl.constexpr(_LOG2_E)
 
-# Widest head (D or Dv, to a power of 2) -> queries, keys, warps and stages of a tile, by compute capability and bytes
-# an element.
+# Queries, keys, warps and stages of a tile by compute capability, bytes an element and widest head (D or Dv, to a power
+# of 2): of scores that are scaled products, and of those with options. As wide as registers allow on 8.0 without
+# spilling; float32's operands are held twice, as two parts in TF32.
 _TILES = {
-    8: {2: {64: (128, 64, 4, 3), 128: (128, 64, 8, 2), 256: (64, 64, 8, 1)},
-        4: {64: (64, 64, 4, 2), 128: (64, 64, 8, 1), 256: (16, 64, 4, 1)}},
-    9: {2: {64: (128, 128, 8, 3), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
-        4: {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (32, 64, 8, 1)}},
+    8: {2: {64: ((128, 64, 4, 3), (128, 64, 8, 2)),
+            128: ((128, 64, 8, 2), (64, 64, 8, 2)),
+            256: ((64, 64, 8, 1), (64, 64, 8, 1))},
+        4: {64: ((64, 32, 4, 1), (32, 32, 4, 1)),
+            128: ((32, 16, 4, 1), (16, 16, 4, 1)),
+            256: ((16, 16, 8, 1), (16, 16, 8, 1))}},
 }  # fmt: skip
-_TILES[10] = _TILES[9]
-_TILES[12] = _TILES[8]
+_TILES[9] = {
+    2: {64: ((128, 128, 8, 3), (128, 64, 8, 2)), 128: ((128, 128, 8, 2), (128, 64, 8, 2)),
+        256: ((128, 64, 8, 2), (32, 64, 8, 1))},
+    4: _TILES[8][4],
+}  # fmt: skip
+_TILES[10], _TILES[12] = _TILES[9], _TILES[8]
 _FEW = 16  # queries of a tile where there are no more
 
 
@@ -378,11 +385,14 @@ def width_of(columns: int) -> int:
     return max(16, triton.next_power_of_2(columns))
 
 
-def tile_of(like: Tensor, rows: int, width: int) -> dict:
-    """The forward tile's constants, by the table."""
-    m, n, warps, stages = _TILES[architecture(like)][like.element_size()][max(64, width)]
-    if rows <= _FEW:
-        m, warps = _FEW, 4
+def is_general(options: dict) -> bool:
+    """Whether scores are more than scaled products, bounds aside."""
+    return options["SOFTCAP"] or any(options[name] is not None for name in ("mask_ptr", "slopes_ptr", "seed_ptr"))
+
+
+def tile_of(table: dict, like: Tensor, width: int, options: dict) -> dict[str, int]:
+    """The tile's constants, by one of the tables."""
+    m, n, warps, stages = table[architecture(like)][like.element_size()][max(64, width)][is_general(options)]
     return {"M": m, "N": n, "num_warps": warps, "num_stages": stages}
 
 
@@ -421,7 +431,9 @@ def attention_forward(
     options = options_of(q, k, mask, slopes, seed, scale, softcap, left, right, offset, dropout, tf32)
     sequences = batch if starts_q is None else starts_q.numel() - 1
     width = max(width_of(q.size(3)), width_of(dv))
-    tile = tile_of(q, lq, width)
+    tile = tile_of(_TILES, q, width, options)
+    if lq <= _FEW:
+        tile |= {"M": _FEW, "num_warps": 4}
     map_, tiles = map_of(starts_q, lq, sequences, tile["M"])
     programs = tiles * heads
     parts = 1

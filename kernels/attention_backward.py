@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from ._launch import architecture, launch, processors
+from ._launch import launch, processors
 from .attention import (
     LOG2_E,
     _strides,
@@ -23,24 +23,37 @@ from .attention import (
     place_of,
     rows_of,
     scores_of,
+    tile_of,
     visible_keys,
     width_of,
     window_of,
 )
 
-# Widest head -> queries, keys, warps and stages of a tile, by compute capability and bytes an element: of the kernel
-# for k and v, and of the one for q.
+# Of the kernel for k and v, and of the one for q; as attention.py's.
 _TILES_KEYS = {
-    8: {2: {64: (64, 64, 4, 2), 128: (64, 64, 8, 1), 256: (32, 64, 8, 1)},
-        4: {64: (32, 64, 4, 1), 128: (32, 32, 4, 1), 256: (16, 16, 4, 1)}},
-    9: {2: {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (64, 64, 8, 1)},
-        4: {64: (64, 64, 8, 1), 128: (32, 64, 8, 1), 256: (16, 32, 8, 1)}},
+    8: {2: {64: ((64, 32, 4, 2), (64, 32, 8, 1)),
+            128: ((64, 64, 8, 1), (64, 32, 8, 1)),
+            256: ((32, 32, 8, 1), (16, 32, 8, 1))},
+        4: {64: ((16, 32, 4, 1), (16, 16, 4, 1)),
+            128: ((16, 16, 8, 1), (16, 16, 8, 1)),
+            256: ((16, 16, 8, 1), (16, 16, 8, 1))}},
 }  # fmt: skip
 _TILES_QUERIES = {
-    8: {2: {64: (64, 64, 4, 2), 128: (64, 64, 8, 1), 256: (64, 32, 8, 1)},
-        4: {64: (64, 32, 4, 1), 128: (32, 32, 4, 1), 256: (16, 16, 4, 1)}},
-    9: {2: {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 64, 8, 1)},
-        4: {64: (64, 64, 8, 1), 128: (64, 32, 8, 1), 256: (32, 16, 8, 1)}},
+    8: {2: {64: ((128, 64, 8, 2), (64, 32, 4, 1)),
+            128: ((64, 64, 8, 1), (64, 64, 8, 1)),
+            256: ((64, 32, 8, 1), (64, 32, 8, 1))},
+        4: {64: ((32, 32, 4, 1), (16, 32, 4, 1)),
+            128: ((16, 16, 4, 1), (16, 16, 4, 1)),
+            256: ((16, 16, 8, 1), (16, 16, 8, 1))}},
+}  # fmt: skip
+_TILES_KEYS[9] = {
+    2: {**_TILES_KEYS[8][2], 128: ((32, 64, 8, 1), (32, 32, 8, 1))},
+    4: _TILES_KEYS[8][4],
+}
+_TILES_QUERIES[9] = {
+    2: {64: ((128, 64, 8, 2), (64, 64, 8, 1)), 128: ((128, 64, 8, 2), (32, 64, 8, 1)),
+        256: ((32, 64, 8, 1), (32, 32, 8, 1))},
+    4: _TILES_QUERIES[8][4],
 }  # fmt: skip
 for _table in (_TILES_KEYS, _TILES_QUERIES):
     _table[10], _table[12] = _table[9], _table[8]
@@ -375,16 +388,12 @@ def attention_backward_mask_kernel(
 # ---- from torch ----------------------------------------------------------------------------------------------------
 
 
-def _tile(table, like: Tensor, width: int) -> dict:
-    m, n, warps, stages = table[architecture(like)][like.element_size()][max(64, width)]
-    return {"M": m, "N": n, "num_warps": warps, "num_stages": stages}
-
-
 def _grad_mask(like: Tensor, mask: Tensor, batch: int, arguments: dict) -> Tensor:
     """The gradient of an additive mask, of its sizes and dtype."""
     heads, lq, lk = arguments["heads"], arguments["lq"], arguments["lk"]
     own_batch, own_heads, own_rows = mask.shape[:3]
-    tile = {"M": 32, "N": 64, "num_warps": 4, "num_stages": 1}
+    wide = max(arguments["D"], arguments["DV"]) * like.element_size() > 256
+    tile = {"M": 16 if wide else 32, "N": 32 if wide else 64, "num_warps": 8 if wide else 4, "num_stages": 1}
     tiles = triton.cdiv(lq, tile["M"])
     own_tiles, over_tiles = (tiles, 1) if own_rows == lq else (1, tiles)
     over_batch, over_heads = batch // own_batch, heads // own_heads
@@ -461,7 +470,7 @@ def attention_backward(
     grad_mask = _grad_mask(q, mask, batch, arguments) if bias_gradient else q.new_empty(0)
     sequences = batch if starts_q is None else starts_q.numel() - 1
     arguments |= {"scale": scale, "starts_q_ptr": starts_q, "starts_k_ptr": starts_k}
-    tile = _tile(_TILES_KEYS, q, width)
+    tile = tile_of(_TILES_KEYS, q, width, arguments)
     map_, tiles = map_of(starts_k, k.size(2), sequences, tile["N"])
     launch(
         attention_backward_keys_kernel,
@@ -475,7 +484,7 @@ def attention_backward(
         **arguments,
         **tile,
     )
-    tile = _tile(_TILES_QUERIES, q, width)
+    tile = tile_of(_TILES_QUERIES, q, width, arguments)
     map_, tiles = map_of(starts_q, lq, sequences, tile["M"])
     launch(
         attention_backward_queries_kernel,

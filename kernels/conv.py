@@ -364,16 +364,22 @@ def _gather(axes, x, weight, w_in, w_out, w_group, groups, bias, residual, y, ke
         grid = (triton.cdiv(pixels, tile["M"]) * triton.cdiv(y.size(1), n),)
         launch(conv_direct_kernel, grid, y, all_outs=y.size(1), **arguments, **tile)
         return
-    tile = _tile(y, outs)
+    tile = _tile(y, outs, channels)
     grid = (triton.cdiv(pixels, tile["M"]) * triton.cdiv(outs, tile["N"]) * groups,)
-    flat = channels < tile["K"]
-    launch(conv_gather_kernel, grid, y, FLAT=flat, PRECISION=precision(y.dtype, tf32), **arguments, **tile)
+    launch(conv_gather_kernel, grid, y, PRECISION=precision(y.dtype, tf32), **arguments, **tile)
 
 
-def _tile(like: Tensor, outs: int) -> dict[str, int]:
+def _tile(like: Tensor, outs: int, channels: int) -> dict[str, int]:
     m, n, k, warps, stages = _TILES[architecture(like)][like.element_size()][outs > 64]
-    return {"M": m, "N": max(16, min(n, triton.next_power_of_2(outs))), "K": k, "num_warps": warps,
-            "num_stages": stages}  # fmt: skip
+    flat = channels < k
+    return {
+        "M": min(m, 64) if flat else m,  # every element's tap and channel are in registers
+        "N": max(16, min(n, triton.next_power_of_2(outs))),
+        "K": k,
+        "FLAT": flat,
+        "num_warps": warps,
+        "num_stages": stages,
+    }
 
 
 def _prepared(x: Tensor, weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ CASES = (
 @pytest.mark.parametrize("name", CASES)
 def test_attention(name):
     (case,) = (case for case in table.CASES if case.name == name)
-    check(case, torch.float32 if CASES.index(name) % 2 else torch.bfloat16)
+    check(case, torch.bfloat16 if CASES.index(name) % 5 else torch.float32)  # whose tiles are smaller
 
 
 @pytest.mark.parametrize("keys", [16, 32, 64, 128])
@@ -38,7 +38,7 @@ def test_every_tile_drops_the_same_weights(keys, monkeypatch):
     from fastnets.kernels import attention_backward as backward
 
     for module, name in ((forward, "_TILES"), (backward, "_TILES_KEYS"), (backward, "_TILES_QUERIES")):
-        monkeypatch.setattr(module, name, {8: {4: {64: (16, keys, 4, 1)}}})
+        monkeypatch.setattr(module, name, {8: {4: {64: ((64, keys, 4, 1),) * 2}}})
     case = testing.Case(
         op="attention",
         name="dropout",

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from .. import _library
-from . import UsageError, _gpu, _workloads
+from . import UsageError, _gpu, _triton, _workloads
 from . import _machine_code as code
 from ._common import console, dtype_name, output_file, write
 
@@ -56,6 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="as shapes every convolution of ResNet-50, MobileNet-V2 and our networks",
     )
+    parser.add_argument(
+        "--triton",
+        action="store_true",
+        help="also compile the Triton kernels, for " + ", ".join(_triton.ARCHITECTURES) + "; exit status 1 where one "
+        "spills, has no tensor-core instructions for its products or needs too much shared memory",
+    )
     parser.add_argument("--static", action="store_true", help="machine code only, no shapes on the SIMT device")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write every figure to FILE")
     parser.add_argument("--snapshot", type=Path, metavar="DIR", help="compare with the figures in DIR, a file a family")
@@ -69,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
     objection = _workloads.missing()
     counts, launches = ([], {}) if objection else _counted(args, progress)
     kernels = [entry(kernel, launches.get(kernel.signature)) for kernel in _kernels(args, progress)]
+    compiled = list(_of_triton(args, progress)) if args.triton else []
+    kernels += [entry(one.kernel, _workloads.Launch(one.threads, one.shared)) for one in compiled]
     if not kernels:
         raise UsageError("no kernel is left by these options")
     if args.snapshot is not None:
@@ -81,7 +89,12 @@ def run(args: argparse.Namespace) -> int:
     if args.json is not None:
         figures = {"kernels": kernels, "workloads": [_workload_entry(c) for c in counts]}
         write(args.json, json.dumps(figures, indent=1) + "\n")
-    return 0
+    complaints = [(one.kernel, words) for one in compiled if (words := _triton.complaint(one)) is not None]
+    for kernel, words in complaints:
+        out.print(f"{kernel.name}, {kernel.arch}: {words}", style="red")
+    if compiled:
+        out.print(f"Triton: {len(compiled)} kernels compiled, {len(compiled) - len(complaints)} without a complaint")
+    return 1 if complaints else 0
 
 
 def _each(progress_on: Console, items: Sequence, work, describe, jobs: int = 1) -> Iterator:
@@ -125,6 +138,8 @@ def _kernels(args: argparse.Namespace, progress_on: Console) -> list[code.Kernel
             return code.read(code.compiled(*task, compiler), task[1])
     else:
         library = _library.cuda_path
+        if library is None and args.triton:
+            return []
         if library is None:
             raise UsageError("no CUDA library is built here: `--build` compiles the kernels (needs nvcc)")
         built = code.architectures(library)
@@ -139,6 +154,15 @@ def _kernels(args: argparse.Namespace, progress_on: Console) -> list[code.Kernel
     found = [k for k in found if (not args.op or k.family in args.op) and (args.kernel or "") in k.name]
     order = list(_gpu.ARCHITECTURES)
     return sorted(found, key=lambda kernel: (kernel.name, order.index(kernel.arch)))
+
+
+def _of_triton(args: argparse.Namespace, progress_on: Console) -> Iterator[_triton.Compiled]:
+    """Every Triton kernel that is asked for, in every architecture that Triton's tables know."""
+    archs = [arch for arch in args.arch or _triton.ARCHITECTURES if arch in _triton.ARCHITECTURES]
+    wanted = [workload for workload in _triton.workloads() if not args.op or workload.op in args.op]
+    found = [launch for workload in wanted for arch in archs for launch in _triton.launches(workload, arch)]
+    found = [launch for launch in found if (args.kernel or "") in launch.name]
+    return _each(progress_on, found, _triton.compiled, lambda launch: f"{launch.name} {launch.arch}")
 
 
 def entry(kernel: code.Kernel, launch: _workloads.Launch | None) -> dict[str, Any]:

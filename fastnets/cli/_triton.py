@@ -1,0 +1,179 @@
+"""What Triton makes of its kernels for architectures that are not here: machine code, read as nvcc's is. No GPU."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import kernels
+from . import UsageError
+from . import _machine_code as code
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
+"""Those that kernels are compiled for: one of each kind of tensor core."""
+
+_SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10}
+"""Bytes of shared memory that a block can have (CUDA C++ Programming Guide, "Technical Specifications")."""
+
+
+class Workload(NamedTuple):
+    """Operators to be called with tensors of the stated shapes, whose contents nobody reads."""
+
+    op: str
+    name: str
+    call: Callable[[], Any]
+
+
+class Launch(NamedTuple):
+    """A kernel as a workload starts it on an architecture."""
+
+    op: str
+    name: str
+    arch: str
+    kernel: Any
+    args: tuple
+    options: dict[str, Any]
+
+
+class Compiled(NamedTuple):
+    kernel: code.Kernel
+    shared: int
+    """Bytes of shared memory of a block."""
+    threads: int
+    products: bool
+    """Whether the kernel's source multiplies matrices."""
+
+
+def workloads() -> Iterator[Workload]:
+    """Shapes that together start every kernel in every row of the tables of tiles."""
+    if kernels.missing is not None:
+        raise UsageError(f"--triton: {kernels.missing}")
+    for dtype in (torch.bfloat16, torch.float32):
+        name = str(dtype).removeprefix("torch.")
+        yield Workload("softmax", f"{name} 4096x1000", lambda dtype=dtype: _softmax(1000, dtype))
+        yield Workload("softmax", f"{name} 64x100000", lambda dtype=dtype: _softmax(100_000, dtype))
+        for width in (64, 128, 256):
+            for general in (False, True):
+                of = f"{name} D{width} {'every option' if general else 'causal'}"
+                yield Workload("attention", of, lambda d=dtype, w=width, g=general: _attention(d, w, g))
+        for channels in (64, 256):
+            of = f"{name} {channels}x56x56"
+            yield Workload("conv", of, lambda d=dtype, c=channels: _conv(d, c, c, 1))
+        yield Workload("conv", f"{name} 3x224x224", lambda dtype=dtype: _conv(dtype, 3, 64, 1, 224))
+        yield Workload("conv", f"{name} depthwise 128x56x56", lambda dtype=dtype: _conv(dtype, 128, 128, 128))
+        for cell in range(4):
+            for hidden in (64, 256):
+                of = f"{name} {('lstm', 'gru', 'tanh', 'relu')[cell]} H{hidden}"
+                yield Workload("recurrent", of, lambda d=dtype, c=cell, h=hidden: _recurrent(d, c, h))
+
+
+def _softmax(columns: int, dtype: torch.dtype) -> None:
+    from ..kernels import softmax
+
+    x = torch.empty(4_096_000 // columns, columns, dtype=dtype)
+    y = softmax.softmax_forward(x, None, 1, 1.0)
+    softmax.softmax_backward(y, y, 1, 1.0)
+
+
+def _attention(dtype: torch.dtype, width: int, general: bool) -> None:
+    from ..kernels import attention, attention_backward
+
+    q = torch.empty(8, 16, 512, width, dtype=dtype)
+    extras: tuple = (None, None, None, None, None)
+    options = (0.125, 0.0, None, 0, 0, 0.0, False)
+    if general:
+        mask, slopes = torch.empty(1, 16, 512, 512, dtype=dtype), torch.empty(8, 16)
+        extras = (mask, slopes, torch.empty(2, dtype=torch.int64), None, None)
+        options = (0.125, 20.0, 256, 0, 0, 0.1, False)
+    out, lse = attention.attention_forward(q, q, q, *extras, *options)
+    attention_backward.attention_backward(out, None, None, q, q, q, out, lse, *extras, *options, general, False)
+    attention.attention_weights(q, q, lse, *extras[:3], *options)
+    attention.attention_forward(
+        q[:1, :1, :1], q[:1, :1], q[:1, :1], *extras[:1], *(None,) * 4, *options[:5], 0.0, False
+    )
+
+
+def _conv(dtype: torch.dtype, channels: int, outs: int, groups: int, size: int = 56) -> None:
+    from ..kernels import conv
+
+    def last(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype).to(memory_format=torch.channels_last)
+
+    x, weight, y = last(8, channels, size, size), last(outs, channels // groups, 3, 3), last(8, outs, size, size)
+    options = ((1, 1), (1, 1), (1, 1), groups, True, False)
+    conv.conv_forward(x, weight, y[0, :, 0, 0], y, (size, size), *options, 2, True)
+    conv.conv_grad_input(y, weight, None, None, (size, size), *options, 0, False)
+    conv.conv_grad_weight(y, x, weight, *options)
+    conv.conv_grad_epilogue(y, y, 2)
+
+
+def _recurrent(dtype: torch.dtype, cell: int, hidden: int) -> None:
+    """One layer of hidden units; a wide lstm is projected."""
+    from ..kernels import recurrent
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    rows, outputs = (4, 3, 1, 1)[cell] * hidden, 64 if cell == 0 else hidden
+    x, h, c = empty(2, 64, hidden), empty(64, outputs), empty(64, hidden) if cell == 0 else None
+    w_ih, w_hh, bias = empty(rows, hidden), empty(rows, outputs), empty(rows)
+    w_hr = empty(outputs, hidden) if outputs != hidden else None
+    options = (cell, False, False)
+    found = recurrent.recurrent_forward(x, h, c, w_ih, w_hh, bias, bias, w_hr, None, *options, True)
+    y, gates, cells = found[0], *found[3:]
+    recurrent.recurrent_backward(y, h, c, x, h, c, w_ih, w_hh, w_hr, None, y, gates, cells, *options, True, True)
+
+
+def launches(workload: Workload, arch: str) -> list[Launch]:
+    """What a workload starts, each kernel with its constants once; nothing is run."""
+    from ..kernels import _launch
+
+    found: dict[str, Launch] = {}
+
+    def record(kernel, args, options) -> None:
+        name = f"{kernel.__name__.removesuffix('_kernel')} {workload.name}"
+        constants = repr((name, [(k, v) for k, v in sorted(options.items()) if k.isupper()]))
+        found.setdefault(constants, Launch(workload.op, name, arch, kernel, args, options))
+
+    with torch.no_grad(), _launch.recording(int(arch.removeprefix("sm_")) // 10, record):
+        workload.call()
+    return list(found.values())
+
+
+def compiled(launch: Launch) -> Compiled:
+    """The kernel's machine code, specialised as Triton's launcher specialises it for these arguments."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    target = GPUTarget("cuda", int(launch.arch.removeprefix("sm_")), 32)
+    backend, kernel = make_backend(target), launch.kernel
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = binder(*launch.args, **launch.options)
+    options, signature, constants, attributes = kernel._pack_args(
+        backend, launch.options, bound, specialization, options
+    )
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    made = triton.compile(source, target=target, options=options.__dict__)
+    path = code.CACHE / f"triton.{launch.arch}.{hashlib.sha256(made.asm['cubin']).hexdigest()[:16]}.cubin"
+    if not path.exists():
+        code.CACHE.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(made.asm["cubin"])
+    (found,) = code.read(path, launch.arch)
+    found = dataclasses.replace(found, family="triton", signature=launch.name, arch=launch.arch)
+    return Compiled(found, made.metadata.shared, 32 * made.metadata.num_warps, "tt.dot" in made.asm["ttir"])
+
+
+def complaint(of: Compiled) -> str | None:
+    """What a kernel falls short of, or None."""
+    kernel = of.kernel
+    if kernel.spills or kernel.stack:
+        return f"{kernel.spills} spills, {kernel.stack} bytes of stack"
+    if of.shared > _SHARED[kernel.arch]:
+        return f"{of.shared} bytes of shared memory"
+    if of.products and kernel.tensor == 0:
+        return "no tensor-core instructions"
+    return None

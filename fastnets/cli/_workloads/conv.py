@@ -1,8 +1,8 @@
 """Convolution: a few shapes of each kind, and with `--networks` every one of ResNet-50, MobileNet-V2 and our networks.
 
-The SIMT device has 16 multiprocessors, an eighth of a large GPU. So a batch of 32 is run as 4 images (as one, where an
-image has more than 784 results), with the tiles and the shares of the depth that 32 images have on 128 multiprocessors.
-The weight counts once: every image reads it, and copies of a network share it.
+The SIMT device has 16 multiprocessors, an eighth of a large GPU. So a batch of 32 is run as 4 images, with the tiles
+and the shares of the depth that 32 have on 128 multiprocessors; as fewer, where these have 4096 results already: 16 of
+the tallest tiles. The weight counts once: every image reads it, and copies of a network share it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -62,7 +62,7 @@ def _layer(network: str, channels: int, size: int, results: int, kernel: int, st
     """A layer on square images as networks have them, of a batch of BATCH."""
     groups, padding = more.get("groups", 1), more.pop("padding", kernel // 2)
     out = (size + 2 * padding - kernel) // stride + 1
-    images = 4 if out * out <= 784 else 1
+    images = min(4, -(-4096 // (out * out)))
     name = f"{network} {BATCH}x{channels}x{size}x{size} -> {results}, {kernel}x{kernel}"
     name += (f"/{stride}" if stride > 1 else "") + (", depthwise" if groups > 1 else "")
     return _conv(
@@ -78,19 +78,20 @@ def _layer(network: str, channels: int, size: int, results: int, kernel: int, st
 
 
 def _resnet50() -> Iterator[tuple]:
-    """Its convolutions (version 1.5: the stride is the middle layer's), https://arxiv.org/abs/1512.03385."""
+    """Channels, size, results, kernel and stride of its convolutions (version 1.5: the stride is the
+    middle layer's), https://arxiv.org/abs/1512.03385."""
     yield 3, 224, 64, 7, 2
     channels, size = 64, 56
     for stage, blocks in enumerate((3, 4, 6, 3)):
         width = 64 << stage
         for block in range(blocks):
             stride = 2 if block == 0 and stage > 0 else 1
-            yield channels, size, width, 1
+            yield channels, size, width, 1, 1
             yield width, size, width, 3, stride
             if block == 0:
                 yield channels, size, 4 * width, 1, stride
             size //= stride
-            yield width, size, 4 * width, 1
+            yield width, size, 4 * width, 1, 1
             channels = 4 * width
 
 
@@ -103,12 +104,12 @@ def _mobilenet_v2() -> Iterator[tuple]:
         for block in range(blocks):
             width, stride = channels * expansion, first_stride if block == 0 else 1
             if expansion > 1:
-                yield channels, size, width, 1
+                yield channels, size, width, 1, 1
             yield width, size, width, 3, stride, width
             size //= stride
-            yield width, size, results, 1
+            yield width, size, results, 1, 1
             channels = results
-    yield 320, 7, 1280, 1
+    yield 320, 7, 1280, 1, 1
 
 
 OURS = {

@@ -192,19 +192,21 @@ def _passes(workload: Workload, inputs: dict[str, Tensor]) -> tuple[list[_Pass],
     _simt.set_counting(True)
     try:
         with dispatch.backend("simt"), testing.deterministic(workload.deterministic):
-            leaves, result = call(floating)
+            passes = workload.gradients
+            leaves, result = call(floating if passes is None else [passes[0].of])
             out = result.nbytes * workload.copies
             finish("forward", sum(of.values()) + out + saved)
-            if workload.gradients is None:
+            if passes is None:
                 torch.autograd.grad(result, leaves, torch.randn_like(result))
                 # What the gradient needs: the result (softmax), or the inputs as well (attention).
                 read = out if not workload.recomputes else sum(of.values()) + out + saved
                 finish("backward", read + out + sum(of[name] for name in floating))
-            for gradient in workload.gradients or ():
-                _simt.set_counting(False)
-                leaves, result = call([gradient.of])
-                _simt.reset_counters()
-                _simt.set_counting(True)
+            for i, gradient in enumerate(passes or ()):
+                if i > 0:
+                    _simt.set_counting(False)
+                    leaves, result = call([gradient.of])
+                    _simt.reset_counters()
+                    _simt.set_counting(True)
                 torch.autograd.grad(result, leaves, torch.randn_like(result))
                 finish(gradient.name, out + sum(of[name] for name in (gradient.of, *gradient.reads)))
     finally:

@@ -2,7 +2,7 @@
 
 The SIMT device has 16 multiprocessors, an eighth of a large GPU. So a batch of 32 is run as 4 images, with the tiles
 and the shares of the depth that 32 have on 128 multiprocessors; as fewer, where these have 4096 results already: 16 of
-the tallest tiles. The weight counts once: every image reads it, and copies of a network share it.
+the tallest tiles. The weight counts once, and so does laying it out anew: all images share it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -54,6 +54,7 @@ def _conv(
         call=call,
         exponentials=0,
         common=frozenset({"weight"}),
+        once=frozenset({"conv_arrange"} if channels_last and x[1] > 1 else ()),  # NCHW: of images, too
         gradients=(of_weight,) if first else (of_x, of_weight),
     )
 

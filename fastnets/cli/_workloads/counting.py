@@ -54,6 +54,8 @@ class Workload:
     """Whether the gradient's bits must be the same in every run."""
     common: frozenset[str] = frozenset()
     """The inputs that all copies share: weights."""
+    once: frozenset[str] = frozenset()
+    """The kernels that work on these alone, once for all copies."""
     gradients: tuple[Gradient, ...] | None = None
     """Each is a pass of its own; None: one backward pass gives them all."""
     shorter: Callable[[], dict[str, Tensor]] | None = None
@@ -149,14 +151,14 @@ def measured(workload: Workload) -> tuple[list[Counts], dict[str, Launch]]:
     counts = []
     for place, (direction, found, kernels, blocks, every_tensor) in enumerate(passes):
         fewest = workload.copies * workload.fewest[place] if workload.fewest else every_tensor
-        total = {name: workload.copies * count for name, count in found.items()}
-        counts.append(Counts(workload, direction, kernels, blocks, total, fewest))
+        counts.append(Counts(workload, direction, kernels, blocks, found, fewest))
     return counts, launches
 
 
 class _Pass(NamedTuple):
     direction: str
     counters: Counter[str]
+    """Of all copies."""
     kernels: tuple[str, ...]
     blocks: int
     fewest: int
@@ -164,7 +166,7 @@ class _Pass(NamedTuple):
 
 
 def _passes(workload: Workload, inputs: dict[str, Tensor]) -> tuple[list[_Pass], dict[str, Launch]]:
-    """One copy forwards and backwards; its fewest bytes are those of all copies."""
+    """Runs one copy forwards and backwards."""
     from ... import _simt
 
     passes: list[_Pass] = []
@@ -173,8 +175,9 @@ def _passes(workload: Workload, inputs: dict[str, Tensor]) -> tuple[list[_Pass],
     def finish(direction: str, fewest: int) -> None:
         found = _simt.counters()
         total: Counter[str] = Counter()
-        for counters in found.values():
-            total.update(counters)
+        for kernel, counters in found.items():
+            times = 1 if kernel in workload.once else workload.copies
+            total.update({name: times * count for name, count in counters.items()})
         passes.append(_Pass(direction, total, tuple(sorted(found)), _simt.largest_grid(), fewest))
         for place, threads, shared in _simt.launched():
             launches[signature(_symbols()[place])] = Launch(threads, shared)
@@ -192,16 +195,16 @@ def _passes(workload: Workload, inputs: dict[str, Tensor]) -> tuple[list[_Pass],
     _simt.set_counting(True)
     try:
         with dispatch.backend("simt"), testing.deterministic(workload.deterministic):
-            passes = workload.gradients
-            leaves, result = call(floating if passes is None else [passes[0].of])
+            apart = workload.gradients
+            leaves, result = call(floating if apart is None else [apart[0].of])
             out = result.nbytes * workload.copies
             finish("forward", sum(of.values()) + out + saved)
-            if passes is None:
+            if apart is None:
                 torch.autograd.grad(result, leaves, torch.randn_like(result))
                 # What the gradient needs: the result (softmax), or the inputs as well (attention).
                 read = out if not workload.recomputes else sum(of.values()) + out + saved
                 finish("backward", read + out + sum(of[name] for name in floating))
-            for i, gradient in enumerate(passes or ()):
+            for i, gradient in enumerate(apart or ()):
                 if i > 0:
                     _simt.set_counting(False)
                     leaves, result = call([gradient.of])

@@ -76,7 +76,7 @@ wheel: $(VENV)/.wheel-tools $(if $(CUDA),$(if $(CUDA_HOME),,$(VENV)/.toolchain))
 	rm -rf build/wheel build/lib* build/bdist* && mkdir -p build/wheel dist
 	$(IN_VENV) -W ignore setup.py --quiet egg_info --egg-base build/wheel --tag-build +$(if $(CUDA),cu$(subst .,,$(CUDA)),cpu) bdist_wheel --dist-dir build/wheel
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(IN_VENV) -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist build/wheel/*.whl
-	$(IN_VENV) -W ignore -m fastnets wheel-check dist/$$(cd build/wheel && ls *.whl | sed 's/-linux_.*//')-*.whl
+	cd dist && PYTHONPATH="$$(ls -d $(CURDIR)/build/lib.*)" $(abspath $(IN_VENV)) -m fastnets wheel-check $$(cd ../build/wheel && ls *.whl | sed 's/-linux_.*//')-manylinux*.whl
 
 WHEEL ?= $(lastword $(wildcard dist/*.whl))
 testwheel:  ## test WHEEL=, by default the last in dist/, with TORCH=: in an environment and a folder of its own

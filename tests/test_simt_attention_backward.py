@@ -138,16 +138,16 @@ def test_no_bank_conflicts(device, width, dtype):
 
 
 def test_tiles_that_nobody_sees_are_left_out(device):
-    """16 own rows by 64 of the other side's, 16 products of 16 x 8 x 16 an operand's tile: 4 for k and v, 3 for q."""
+    """16 keys by 32 queries, 16 queries by 64 keys; 16 products of 16 x 8 x 16 for 16 by 32: 4 for k and v, 3 for q."""
     length, left = 256, 63
     gradients(draw(lq=length, lk=length), left=left, right=0)
-    for kernel, products in (("attention_grad_kv", 4), ("attention_grad_q", 3)):
+    for kernel, streamed, products in (("attention_grad_kv", 32, 4), ("attention_grad_q", 64, 3)):
         tiles = 0
         for own in range(0, length, 16):
             first, last = (own, own + 15 + left) if kernel == "attention_grad_kv" else (own - left, own + 15)
-            tiles += min(last, length - 1) // 64 - max(first, 0) // 64 + 1
-        assert device.counters()[kernel]["mma"] == 2 * tiles * products * 32
-        assert tiles < length // 16 * (length // 64)
+            tiles += min(last, length - 1) // streamed - max(first, 0) // streamed + 1
+        assert device.counters()[kernel]["mma"] == 2 * tiles * products * streamed // 2
+        assert tiles < length // 16 * (length // streamed)
 
 
 def test_what_adding_costs(device):

@@ -8,10 +8,11 @@ namespace {
 
 constexpr int kTermsThreads = 128;
 
-// Dealing out a side's rows: tiles of all sequences times the heads.
+// Dealing out a side's rows: tiles of all sequences times the heads. Blocks of keys are `Tight`: with twice as many
+// queries at a time their kernels without options spill on 12.0.
 template <class C, int kWidth, bool General, Own own>
-struct GradShape : BackwardShape<C, kWidth, 128, General && own == Own::kKeys> {
-  using S = BackwardShape<C, kWidth, 128, General && own == Own::kKeys>;
+struct GradShape : BackwardShape<C, kWidth, 128, own == Own::kKeys> {
+  using S = BackwardShape<C, kWidth, 128, own == Own::kKeys>;
   // 128 columns of two gradients are as many accumulators as a thread has registers for: more are divided between
   // warps, who then find the same weights.
   static constexpr int kParts = own == Own::kKeys && kWidth > 128 ? 2 : 1;

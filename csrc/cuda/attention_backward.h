@@ -13,8 +13,8 @@ namespace fastnets::cuda {
 enum class Own { kQueries, kKeys };
 
 // By the bytes of a row in shared memory. At most kMostRows own rows; with 128, own and streamed tiles, two of each
-// kind, take 64, 96, 96 and 96 KB: within the 99 KB that a block may have on 8.6, 8.9 and 12.0. Where registers are
-// short, `Tight`, half as many rows stream by at a time.
+// kind, take at most 64, 96, 96 and 96 KB: within the 99 KB that a block may have on 8.6, 8.9 and 12.0. Where registers
+// are short, `Tight`, half as many rows stream by at a time.
 template <class C, int kWidth, int kMostRows, bool Tight = false>
 struct BackwardShape {
   using T = typename C::Storage;

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import _library, kernels
+from . import _library
+from .kernels import registry
 from .reference.recurrent import CELLS
 
 __all__ = ["BACKENDS", "Case", "Implementation", "Unsupported", "backend", "recording", "select", "why_missing"]
@@ -111,13 +112,13 @@ def _cuda_supports(case: Case) -> str | None:
 
 
 def _triton_supports(case: Case) -> str | None:
-    if kernels.missing is not None:
-        return kernels.missing
+    if registry.missing is not None:
+        return registry.missing
     variants = case.options - set(CELLS) if case.family == "recurrent" else ()
     if variants:
         return f"the Triton kernels have no {', '.join(sorted(variants))}"
     if case.device == "cpu":  # asked only when forced, by tests
-        return kernels.interpreter_missing or _kernels_objection(case)
+        return registry.interpreter_missing or _kernels_objection(case)
     if case.device != "cuda":
         return f"it takes CUDA tensors, not {case.device} ones"
     return _kernels_objection(case) or _gpu_missing()
@@ -137,9 +138,9 @@ IMPLEMENTATIONS: dict[tuple[str, str], Implementation] = {
     **{(family, "cpu"): Implementation("cpu", _cpu_supports, torch.ops.fastnets) for family in FAMILIES},
     **{(family, "cuda"): Implementation("cuda", _cuda_supports, torch.ops.fastnets) for family in FAMILIES},
     **{
-        (family, "triton"): Implementation("triton", _triton_supports, getattr(torch.ops, kernels.NAMESPACE))
+        (family, "triton"): Implementation("triton", _triton_supports, getattr(torch.ops, registry.NAMESPACE))
         for family in FAMILIES
-        if family in kernels.FAMILIES
+        if family in registry.FAMILIES
     },
     **{(family, "simt"): Implementation("simt", _simt_supports, torch.ops.fastnets_simt) for family in FAMILIES},
 }
@@ -178,7 +179,7 @@ def why_missing(name: str) -> str | None:
     if name == "cuda":
         return _library.cuda_missing or _gpu_missing()
     if name == "triton":
-        return kernels.missing or _gpu_missing()
+        return registry.missing or _gpu_missing()
     return None
 
 

@@ -1,5 +1,6 @@
 """What is shipped: the library's symbols, the wheel's and the source archive's contents."""
 
+import fcntl
 import os
 import re
 import subprocess
@@ -27,7 +28,12 @@ def _run(*command: str | Path, **more) -> str:
 
 
 def _setup(*arguments: str | Path) -> None:
-    _run(sys.executable, "-W", "ignore", "setup.py", "--quiet", *arguments, cwd=ROOT)
+    """Runs setup.py, one at a time: builds share the folder of objects, archives are made in the root."""
+    lock = ROOT / "build" / "tests.lock"
+    lock.parent.mkdir(exist_ok=True)
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        _run(sys.executable, "-W", "ignore", "setup.py", "--quiet", *arguments, cwd=ROOT)
 
 
 def _build_wheel(folder: Path) -> Path:

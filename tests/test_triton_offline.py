@@ -6,14 +6,14 @@ import subprocess
 
 import pytest
 
-from fastnets import kernels
 from fastnets.cli import _machine_code as code
 from fastnets.cli import _triton
+from fastnets.kernels import registry
 
-if kernels.missing is None:
+if registry.missing is None:
     from fastnets.kernels import attention, attention_backward, conv, recurrent, softmax
 
-pytestmark = pytest.mark.skipif(kernels.missing is not None, reason=str(kernels.missing))
+pytestmark = pytest.mark.skipif(registry.missing is not None, reason=str(registry.missing))
 
 
 def _launches(arch: str, name: str) -> list[_triton.Launch]:
@@ -45,7 +45,7 @@ def test_workloads_start_every_kernel():
     started, there = set(), set()
     for workload in _triton.workloads():
         started |= {launch.kernel.__name__ for launch in _triton.launches(workload, "sm_80")}
-        assert workload.op in kernels.FAMILIES
+        assert workload.op in registry.FAMILIES
     for module in (attention, attention_backward, conv, recurrent, softmax):
         there |= {name for name in vars(module) if name.endswith("_kernel")}
     assert started == there

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import kernels
+from ..kernels import registry
 from . import UsageError
 from . import _machine_code as code
 
@@ -48,8 +48,8 @@ class Compiled(NamedTuple):
 
 def workloads() -> Iterator[Workload]:
     """Shapes that together start every kernel in every row of the tables of tiles."""
-    if kernels.missing is not None:
-        raise UsageError(f"--triton: {kernels.missing}")
+    if registry.missing is not None:
+        raise UsageError(f"--triton: {registry.missing}")
     for dtype in (torch.bfloat16, torch.float32):
         name = str(dtype).removeprefix("torch.")
         yield Workload("softmax", f"{name} 4096x1000", lambda dtype=dtype: _softmax(1000, dtype))

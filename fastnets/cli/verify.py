@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .. import dispatch, kernels, testing
+from .. import dispatch, testing
+from ..kernels import registry
 from . import INTERRUPTED, UsageError
 from ._common import add_selection, console, dtype_name, output_file, selects, write
 
@@ -97,9 +98,9 @@ def _backends(asked: list[str] | None) -> list[str]:
 def _missing(name: str) -> str | None:
     """Why a backend that was asked for by name cannot run here. Triton's kernels can be interpreted, slowly."""
     reason = dispatch.why_missing(name)
-    if reason is None or name != "triton" or kernels.missing is not None:
+    if reason is None or name != "triton" or registry.missing is not None:
         return reason
-    return kernels.interpreter_missing and f"{reason}, and {kernels.interpreter_missing}"
+    return registry.interpreter_missing and f"{reason}, and {registry.interpreter_missing}"
 
 
 def check(row: Row) -> Result:

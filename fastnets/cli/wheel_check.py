@@ -33,7 +33,7 @@ ALLOWED_LIBRARIES = re.compile(
 ALLOWED_SYMBOLS = re.compile(
     r"(aoti_torch_|torch_)\w+$"  # torch's stable C interface
     r"|_Z(N[KRO]*S[ast]|S[ast]|T[ISV]N?S[ast])\w+$"  # the C++ library's without a version
-    r"|(_ITM_\w+|__gmon_start__|__cxa_thread_atexit_impl)$"  # of the linker's start-up code
+    r"|(_ITM_\w+|__gmon_start__)$"  # of the linker's start-up code
 )
 """What a library may ask of others besides versioned symbols of the C and C++ run-time libraries."""
 ALLOWED_VERSIONS = re.compile(r"(GLIBC|GLIBCXX|CXXABI|GCC)_[\d.]+$")

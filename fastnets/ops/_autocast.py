@@ -5,7 +5,8 @@ from torch import Tensor
 
 
 def _enabled(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # Not torch.amp.is_autocast_available, which torch.compile cannot trace before torch 2.13; without it "meta" raises.
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def lower(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -167,7 +167,9 @@ def _entered_modules(seen: Callable[[torch.nn.Module], None]) -> Iterator[list[t
 def _read(module: torch.nn.Module, name: str, model: torch.nn.Module) -> Operator:
     """What would run for this layer's parameters, or else the model's."""
     like = next(module.parameters(), next(model.parameters(), torch.empty(0)))
-    case = dispatch.Case(_family(module), like.device.type, like.dtype, frozenset(getattr(module, "options", ())))
+    case = dispatch.Case(
+        _family(module), like.device.type, like.dtype, frozenset(getattr(module, "options", ())) - {"forget_bias"}
+    )
     choices = []
     try:
         with dispatch.recording(lambda case, chosen, objections: choices.append((chosen.backend, objections))):

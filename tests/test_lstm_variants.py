@@ -396,6 +396,23 @@ def test_learns_the_language_of_a_word(options):
     assert last < 0.9 * first, f"the loss went from {first / 10:.3f} to {last / 10:.3f}"
 
 
+@pytest.mark.skipif(dispatch.why_missing("simt") is not None, reason=str(dispatch.why_missing("simt")))
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("shape", SHAPES[:3], ids=lambda shape: "-".join(shape) or "plain")
+def test_cuda_kernels_agree_in_every_schedule(device, shape, training):
+    """All but layer norm, which they object to, of packed sequences."""
+    options = {name: value for name, value in EVERY.items() if name != "layer_norm"}
+    layer = _layer(options, torch.float32, **shape).train(training)
+    inputs = _inputs(layer)
+    expected = _with_gradients(layer, inputs, _run(layer, *inputs, LENGTHS))
+    with fastnets.backend("simt"):
+        first = _with_gradients(layer, inputs, _run(layer, *inputs, LENGTHS))
+        torch.testing.assert_close(first, expected, rtol=2e-5, atol=2e-5)
+        for seed in range(1, 9):
+            device.set_seed(seed)
+            assert all(map(torch.equal, _with_gradients(layer, inputs, _run(layer, *inputs, LENGTHS)), first))
+
+
 # ---- the operator --------------------------------------------------------------------------------------------------
 
 

@@ -31,13 +31,14 @@ struct RecurrentForwardPass : RecurrentForward {
 struct RecurrentBackwardPass : RecurrentBackward {  // w_hh and w_hr transposed, grad_x and those of weights not asked
   int64_t output_row, gates_row;                    // elements from one padded row to the next: of P, of G H
   void* grad_gates;                                 // [T, B, gates_row], zeros behind G H: what w_hh's rows receive
-  void* grad_inputs;     // [T, B, G H]: what w_ih's rows receive, where that is not the same (gru)
-  void* h_before;        // [T, B, P], all but the sequences' first steps there already; or null
-  void* grad_projected;  // [T, B, output_row], zeros behind P: what h receives behind w_hr
-  void* unprojected;     // [T, B, H]: h before w_hr
-  float* carried;        // [B, P]
-  float* state;          // [B, H], lstm
-  uint32_t* flags;       // [recurrent_flags], zeros
+  void* grad_inputs;      // [T, B, G H]: what w_ih's rows receive, where that is not the same (gru)
+  void* h_before;         // [T, B, P], all but the sequences' first steps there already; or null
+  void* grad_projected;   // [T, B, output_row], zeros behind P: what h receives behind w_hr
+  void* unprojected;      // [T, B, H]: h before w_hr
+  float* grad_peepholes;  // [T, B, 3 H]: what every row and step adds to that of a variant's peephole; or null
+  float* carried;         // [B, P]
+  float* state;           // [B, H], lstm
+  uint32_t* flags;        // [recurrent_flags], zeros
 };
 
 // More than any launch for such a layer uses.

@@ -21,10 +21,13 @@ struct Parameters {
 // What one hidden unit of one row needs beside its sums, loaded ahead of them.
 struct Inputs {
   float from_x[4], bias[4], state;
+  LstmOptions<float> with;  // of a variant
 };
 
-template <class T>
+template <class T, bool Variant>
 struct Layer {
+  using VariantCell = LstmVariantCell<Math>;
+
   const RecurrentForwardPass& p;
   const RecurrentShape& s = p.shape;
   const Times times{p.shape};
@@ -64,6 +67,7 @@ struct Layer {
       }
     }
     if (Gates > 1) in.state = load_global(p.state + b * s.hidden + j);
+    if constexpr (Variant) in.with = load_options<T>(s, t * s.batch + b, j);
     return in;
   }
 
@@ -74,7 +78,14 @@ struct Layer {
       float gates[4], c = in.state;
 #pragma unroll
       for (int g = 0; g < 4; ++g) gates[g] = in.from_x[g] + in.bias[g] + sums[g];
-      const float h = LstmCell<Math>::forward(gates, c);
+      float h;
+      if constexpr (Variant) {
+        const float now = VariantCell::forward(gates, c, in.with);
+        h = VariantCell::output(gates, now, now, in.with);
+        c = VariantCell::hold(in.with.hold, c, now);
+      } else {
+        h = LstmCell<Math>::forward(gates, c);
+      }
       const int64_t at = (t * s.batch + b) * s.hidden + j;
       store_global(p.state + b * s.hidden + j, c);
       save(t, b, j, gates);
@@ -83,7 +94,7 @@ struct Layer {
       if (p.w_hr != nullptr) {
         store_float<T>(p.unprojected, b * p.hidden_row + j, h);
       } else {
-        emit(t, b, j, h);
+        emit(t, b, j, held(t, b, j, h));
       }
     } else if constexpr (Gates == 3) {
       float gates[4] = {in.from_x[2] + in.bias[2], in.from_x[0] + in.bias[0] + sums[0],
@@ -96,6 +107,18 @@ struct Layer {
       const float gate = in.from_x[0] + in.bias[0] + sums[0];
       emit(t, b, j, s.cell == Cell::kRnnTanh ? TanhCell<Math>::forward(gate) : ReluCell<Math>::forward(gate));
     }
+  }
+
+  // h behind zoneout.
+  __device__ __forceinline__ float held(int64_t t, int64_t b, int64_t j, float h) const {
+    if constexpr (Variant) {
+      if (!holds_h(s.variant)) return h;
+      const int64_t at = b * s.output + j, step = s.batch * s.output;
+      const float before = t == times.first_time(b) ? load_float<T>(p.h0, at)
+                                                    : load_float<T>(p.y, (s.reverse ? t + 1 : t - 1) * step + at);
+      return VariantCell::hold(zoneout(s.variant.hold_h, s.variant.zoneout_h, t * step + at), before, h);
+    }
+    return h;
   }
 
   // What a row that rests leaves behind.
@@ -126,7 +149,7 @@ __device__ __forceinline__ int64_t buffer_of(int64_t step) { return step % 2; }
 template <int Gates>
 constexpr int kUnits = kTiles * units_of_tile(Gates);  // of a strip
 
-template <class C, int Columns>
+template <class C, int Columns, bool Variant>
 __global__ void __launch_bounds__(kThreads, 1) forward(Parameters a) {
   using T = typename C::Storage;
   using ProductType = Product<C, kTiles, Columns, kSlots>;
@@ -138,10 +161,10 @@ __global__ void __launch_bounds__(kThreads, 1) forward(Parameters a) {
 
   const RecurrentForwardPass& p = a.pass;
   const RecurrentShape& s = p.shape;
-  Layer<T> layer{p};
+  Layer<T, Variant> layer{p};
   const Times times{s};
   const bool projects = a.projection.strips > 0, makes_from_x = a.input.strips > 0;
-  with_gates(s.cell, [&](auto gates) {
+  with_gates<Variant>(s.cell, [&](auto gates) {
     for_own_units<kUnits<gates.value>, Columns>(a.recurrent.strips, s.hidden, s.batch,
                                                 [&](int64_t b, int64_t j) { layer.start(b, j); });
   });
@@ -168,7 +191,7 @@ __global__ void __launch_bounds__(kThreads, 1) forward(Parameters a) {
         for (int strip = blockIdx.x; strip < w.strips; strip += gridDim.x, ++own) {
           Inputs ahead{};
           if (phase == 0) {
-            with_gates(s.cell, [&](auto gates) {
+            with_gates<Variant>(s.cell, [&](auto gates) {
               constexpr int kOwn = kUnits<gates.value>;
               const int64_t j = int64_t{strip} * kOwn + threadIdx.x % kOwn, b = first + threadIdx.x / kOwn;
               if (threadIdx.x < kOwn * Columns && j < s.hidden && times.runs(t, b)) {
@@ -197,7 +220,7 @@ __global__ void __launch_bounds__(kThreads, 1) forward(Parameters a) {
             __syncthreads();
           }
           if (phase == 0) {
-            with_gates(s.cell, [&](auto gates) {
+            with_gates<Variant>(s.cell, [&](auto gates) {
               constexpr int kOwn = kUnits<gates.value>;
               for_items<kOwn, Columns>([&](int unit, int column) {
                 const int64_t j = int64_t{strip} * kOwn + unit, b = first + column;
@@ -219,7 +242,9 @@ __global__ void __launch_bounds__(kThreads, 1) forward(Parameters a) {
             for_items<kOutputs, Columns>([&](int unit, int column) {
               const int64_t j = int64_t{strip} * kOutputs + unit, b = first + column;
               if (j >= s.output || b >= s.batch) return;
-              if (times.runs(t, b)) return layer.emit(t, b, j, product.template sums<1>(w, unit, column)[0]);
+              if (times.runs(t, b)) {
+                return layer.emit(t, b, j, layer.held(t, b, j, product.template sums<1>(w, unit, column)[0]));
+              }
               store_float<T>(p.y, (t * s.batch + b) * s.output + j, 0.0f);
             });
             publish(of_outputs + strip, done + 1);
@@ -248,8 +273,8 @@ void recurrent_forward(const RecurrentForwardPass& p, Stream stream) {
     if (p.w_hr != nullptr) a.projection = weights_of<ProductType>(p.w_hr, s.output, p.hidden_row, 1);
     const bool makes_from_x = p.from_x == nullptr;
     if (makes_from_x) a.input = weights_of<ProductType>(p.w_ih, s.hidden, s.input, gates);
-    launch_persistent<ProductType>("recurrent_forward", forward<C, columns.value>, a, p.waits(), makes_from_x ? 2 : 1,
-                                   stream);
+    const auto kernel = s.is_variant ? forward<C, columns.value, true> : forward<C, columns.value, false>;
+    launch_persistent<ProductType>("recurrent_forward", kernel, a, p.waits(), makes_from_x ? 2 : 1, stream);
   });
 }
 

@@ -48,6 +48,10 @@ struct DeviceMath {
   static __device__ __forceinline__ M sigmoid(M x) { return 1.0f / (1.0f + expf(-x)); }
   static __device__ __forceinline__ M tanh(M x) { return tanhf(x); }
   static __device__ __forceinline__ M positive(M x, M y) { return x <= 0.0f ? 0.0f : y; }  // y where x > 0; NaN stays
+  static __device__ __forceinline__ M clamp(M x, M most) {
+    return x > most ? most : x < -most ? -most : x;
+  }  // likewise
+  static __device__ __forceinline__ M unless_beyond(M x, M most, M y) { return fabsf(x) > most ? 0.0f : y; }
 };
 using Math = DeviceMath<float>;
 
@@ -330,13 +334,17 @@ __device__ __forceinline__ void publish(uint32_t* flag, uint32_t steps) {
 
 __host__ __device__ constexpr int gates_of(Cell cell) { return cell == Cell::kLstm ? 4 : cell == Cell::kGru ? 3 : 1; }
 
-// Calls f with the number of the cell's gates as a constant.
-template <class F>
+// Calls f with the number of the cell's gates as a constant. A variant is of lstm.
+template <bool Variant, class F>
 __device__ __forceinline__ void with_gates(Cell cell, F&& f) {
-  switch (cell) {
-    case Cell::kLstm: return f(std::integral_constant<int, 4>{});
-    case Cell::kGru: return f(std::integral_constant<int, 3>{});
-    default: return f(std::integral_constant<int, 1>{});
+  if constexpr (Variant) {
+    f(std::integral_constant<int, 4>{});
+  } else {
+    switch (cell) {
+      case Cell::kLstm: return f(std::integral_constant<int, 4>{});
+      case Cell::kGru: return f(std::integral_constant<int, 3>{});
+      default: return f(std::integral_constant<int, 1>{});
+    }
   }
 }
 
@@ -386,6 +394,27 @@ template <class T>
 __device__ __forceinline__ void store_float(void* p, int64_t i, float x) {
   store_global(static_cast<T*>(p) + i, from_float<T>(x));
 }
+
+// How much of a state stays: by zoneout's mask, or else its rate.
+__device__ __forceinline__ float zoneout(const uint8_t* mask, double rate, int64_t at) {
+  return mask == nullptr ? static_cast<float>(rate) : static_cast<float>(load_global(mask + at));
+}
+// A variant's options of unit j in row t * B + b.
+template <class T>
+__device__ __forceinline__ LstmOptions<float> load_options(const RecurrentShape& s, int64_t row, int64_t j) {
+  const LstmVariant& v = s.variant;
+  LstmOptions<float> with;
+#pragma unroll
+  for (int q = 0; q < 3; ++q) {
+    with.peephole[q] = v.peephole == nullptr ? 0.0f : load_float<T>(v.peephole, q * s.hidden + j);
+  }
+  const bool keeps = v.keep_g == nullptr || load_global(v.keep_g + row * s.hidden + j) != 0;
+  with.keep = keeps ? static_cast<float>(v.keep_scale) : 0.0f;
+  with.hold = zoneout(v.hold_c, v.zoneout_c, row * s.hidden + j);
+  with.clip = static_cast<float>(v.clip);
+  return with;
+}
+__device__ __forceinline__ bool holds_h(const LstmVariant& v) { return v.hold_h != nullptr || v.zoneout_h != 0.0; }
 
 // Calls f(unit, column) for this thread's share of a strip's units and the batch's columns.
 template <int Units, int Columns, class F>

@@ -18,10 +18,13 @@ struct Parameters {
 // What one hidden unit of one row needs beside the gradient of its h, loaded ahead of that.
 struct Inputs {
   float gates[4], c, c_before, grad_c, h;
+  LstmOptions<float> with;  // of a variant
 };
 
-template <class T>
+template <class T, bool Variant>
 struct Layer {
+  using VariantCell = LstmVariantCell<Math>;
+
   const RecurrentBackwardPass& p;
   const RecurrentShape& s = p.shape;
   const Times times{p.shape};
@@ -54,7 +57,11 @@ struct Layer {
     }
     if (Gates == 4) {
       const float* const cells = static_cast<const float*>(p.cells);
-      in.c = load_global(cells + t * s.batch * s.hidden + unit);
+      if constexpr (Variant) {
+        in.with = load_options<T>(s, t * s.batch + b, j);
+      } else {
+        in.c = load_global(cells + t * s.batch * s.hidden + unit);
+      }
       in.c_before = first ? load_float<T>(p.c0, unit) : load_global(cells + before(t) * s.batch * s.hidden + unit);
       in.grad_c = load_global(p.state + unit);
     } else if (Gates == 3) {
@@ -77,6 +84,13 @@ struct Layer {
     // The state passes through a step in which the row rests unchanged, and so does its gradient.
     store_global(p.carried + at, runs ? 0.0f : grad);
     if (runs && p.grad_y != nullptr) grad += load_float<T>(p.grad_y, in_all);
+    if constexpr (Variant) {
+      if (runs && holds_h(s.variant)) {
+        const float stays = zoneout(s.variant.hold_h, s.variant.zoneout_h, in_all) * grad;
+        store_global(p.carried + at, stays);
+        grad -= stays;
+      }
+    }
     if (runs && p.h_before != nullptr && t == times.first_time(b)) {
       store_float<T>(p.h_before, in_all, load_float<T>(p.h0, at));
     }
@@ -90,7 +104,18 @@ struct Layer {
   template <int Gates>
   __device__ __forceinline__ void run(int64_t t, int64_t b, int64_t j, const Inputs& in, float grad) const {
     float gates[4] = {in.gates[0], in.gates[1], in.gates[2], in.gates[3]};
-    if constexpr (Gates == 4) {
+    if constexpr (Variant) {
+      const float now = VariantCell::made(gates, in.c_before, in.with);
+      if (p.w_hr != nullptr) {
+        store_float<T>(p.unprojected, (t * s.batch + b) * s.hidden + j, LstmCell<Math>::output(gates, now));
+      }
+      float grad_c = in.grad_c;
+      const float of_now = VariantCell::backward_output(gates, now, grad);
+      VariantCell::backward(gates, in.c_before, of_now, grad_c, in.with);
+      store_global(p.state + b * s.hidden + j, grad_c);
+      store_gates<Gates>(t, b, j, {gates[0], gates[1], gates[2], gates[3]});
+      store_peephole(t, b, j, {gates[0] * in.c_before, gates[1] * in.c_before, gates[3] * now});
+    } else if constexpr (Gates == 4) {
       if (p.w_hr != nullptr) {
         store_float<T>(p.unprojected, (t * s.batch + b) * s.hidden + j, LstmCell<Math>::output(gates, in.c));
       }
@@ -112,8 +137,17 @@ struct Layer {
   template <int Gates>
   __device__ __forceinline__ void rest(int64_t t, int64_t b, int64_t j) const {
     store_gates<Gates>(t, b, j, {});
+    if constexpr (Variant) store_peephole(t, b, j, {});
     if (Gates == 3) store_inputs<Gates>(t, b, j, {});
     if (p.w_hr != nullptr) store_float<T>(p.unprojected, (t * s.batch + b) * s.hidden + j, 0.0f);
+  }
+
+  __device__ __forceinline__ void store_peephole(int64_t t, int64_t b, int64_t j, const float (&grads)[3]) const {
+    if (p.grad_peepholes == nullptr) return;
+#pragma unroll
+    for (int q = 0; q < 3; ++q) {
+      store_global(p.grad_peepholes + ((t * s.batch + b) * 3 + q) * s.hidden + j, grads[q]);
+    }
   }
 
   template <int Gates>
@@ -142,7 +176,7 @@ __device__ __forceinline__ void wait_for_gates(const Weights& w, const uint32_t*
   wait_for(flags, one_gate ? first % hidden / kUnits : 0, one_gate ? last % hidden / kUnits + 1 : strips, steps);
 }
 
-template <class C, int Columns>
+template <class C, int Columns, bool Variant>
 __global__ void __launch_bounds__(kThreads, 1) backward(Parameters a) {
   using T = typename C::Storage;
   using ProductType = Product<C, kTiles, Columns, kSlots>;
@@ -153,7 +187,7 @@ __global__ void __launch_bounds__(kThreads, 1) backward(Parameters a) {
 
   const RecurrentBackwardPass& p = a.pass;
   const RecurrentShape& s = p.shape;
-  const Layer<T> layer{p};
+  const Layer<T, Variant> layer{p};
   const Times times{s};
   const bool projects = a.projection.strips > 0;
   const int cell_strips = projects ? a.projection.strips : a.recurrent.strips;  // that make the gates' gradients
@@ -186,7 +220,7 @@ __global__ void __launch_bounds__(kThreads, 1) backward(Parameters a) {
           if (has_cells && !ends && threadIdx.x < kUnits * Columns) {
             const int64_t j = first_unit + threadIdx.x % kUnits, b = first + threadIdx.x / kUnits;
             if (j < s.hidden && times.runs(t, b)) {
-              with_gates(s.cell, [&](auto gates) { ahead = layer.template load<gates.value>(t, b, j); });
+              with_gates<Variant>(s.cell, [&](auto gates) { ahead = layer.template load<gates.value>(t, b, j); });
             }
           }
           if (any) {
@@ -210,7 +244,7 @@ __global__ void __launch_bounds__(kThreads, 1) backward(Parameters a) {
             if (phase == 0 && !layer.pass_on(t, b, j, ends, grad)) return;
             if (!has_cells) return;
             const bool loaded = column * kUnits + unit == static_cast<int>(threadIdx.x);
-            with_gates(s.cell, [&](auto gates) {
+            with_gates<Variant>(s.cell, [&](auto gates) {
               if (!times.runs(t, b)) return layer.template rest<gates.value>(t, b, j);
               layer.template run<gates.value>(t, b, j, loaded ? ahead : layer.template load<gates.value>(t, b, j),
                                               grad);
@@ -237,7 +271,8 @@ void recurrent_backward(const RecurrentBackwardPass& p, Stream stream) {
     Parameters a{p, {}, {}, {}};
     a.recurrent = weights_of<ProductType>(p.w_hh, s.output, p.gates_row, 1);
     if (p.w_hr != nullptr) a.projection = weights_of<ProductType>(p.w_hr, s.hidden, p.output_row, 1);
-    launch_persistent<ProductType>("recurrent_backward", backward<C, columns.value>, a, true, 1, stream);
+    const auto kernel = s.is_variant ? backward<C, columns.value, true> : backward<C, columns.value, false>;
+    launch_persistent<ProductType>("recurrent_backward", kernel, a, true, 1, stream);
   });
 }
 

@@ -61,7 +61,7 @@ bool makes_from_x(const RecurrentShape& s, const RecurrentOperands& o) {
 struct Gpu {
   static void forward(const RecurrentForward& params, const RecurrentOperands& o) {
     const RecurrentShape& s = params.shape;
-    STD_TORCH_CHECK(!s.is_variant, "the CUDA kernels run the plain lstm");
+    STD_TORCH_CHECK(s.variant.norm == nullptr, "the CUDA kernels have no layer norm");
     if (s.batch == 0) return;
     STD_TORCH_CHECK(s.steps < (int64_t{1} << 32), "x has too many steps");
     const Queue queue(o.x);
@@ -89,7 +89,7 @@ struct Gpu {
   static RecurrentGradients backward(const RecurrentBackward& params, const RecurrentOperands& o, const Tensor& y,
                                      bool need_x, bool need_weights) {
     const RecurrentShape& s = params.shape;
-    STD_TORCH_CHECK(!s.is_variant, "the CUDA kernels run the plain lstm");
+    STD_TORCH_CHECK(s.variant.norm == nullptr, "the CUDA kernels have no layer norm");
     const int64_t rows = s.steps * s.batch, gates = o.w_hh.size(0);
     const bool gru = s.cell == Cell::kGru;
     const Queue queue(o.x);
@@ -100,6 +100,9 @@ struct Gpu {
     const Tensor grad_inputs = gru ? new_empty(o.x, {rows, gates}) : narrow(grad_gates, 1, 0, gates);
     const Tensor grad_projected = new_padded(o.x, o.w_hr ? rows : 0, s.output);
     const Tensor unprojected = new_empty(o.x, {o.w_hr ? rows : 0, s.hidden});
+    const bool peephole = need_weights && o.variant.peephole;
+    const Tensor grad_peepholes = new_empty(o.x, {peephole ? rows : 0, 3 * s.hidden}, ScalarType::Float);
+    if (peephole) p.grad_peepholes = static_cast<float*>(grad_peepholes.data_ptr());
     const Tensor h_before = new_empty(o.x, {need_weights ? rows : 0, s.output});
     if (need_weights && rows > 0) {  // but for the first steps of shorter sequences, reversed, which the kernel sets
       const int64_t first = s.reverse ? rows - s.batch : 0, from = s.reverse ? s.batch : 0;
@@ -129,6 +132,10 @@ struct Gpu {
     of.w_ih = torch::stable::matmul(transposed(grad_inputs), torch::stable::view(o.x, {rows, s.input}));
     of.w_hh = torch::stable::matmul(transposed(of_gates), h_before);
     of.b_ih = column_sums(grad_inputs), of.b_hh = column_sums(of_gates);
+    if (peephole) {
+      of.peephole = torch::stable::empty_like(*o.variant.peephole);
+      torch::stable::copy_(of.peephole, column_sums(grad_peepholes));
+    }
     if (o.w_hr) {
       const Tensor of_h = narrow(grad_projected, 1, 0, s.output);
       of.w_hr = torch::stable::matmul(transposed(of_h), unprojected);

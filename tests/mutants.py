@@ -127,7 +127,6 @@ def write_copy(target: Path) -> None:
     for path in (ROOT / "csrc").rglob("*.h"):
         if path.parent.name != "cuda":
             _write(target / path.relative_to(ROOT), path.read_text())
-    return statements
 
 
 def _write(path: Path, text: str) -> None:

@@ -293,6 +293,13 @@ def test_thread_sanitizer_names_the_line_of_a_race(name):
     assert re.search(r"(product|recurrence).*kernels.cu:\d+", output)
 
 
+def test_thread_sanitizer_sees_blocks_race_behind_their_barriers():
+    """Blocks 16 apart: as many as there are sets of fibers for them."""
+    status, output = under("thread", "blocks_meet")
+    assert status != 0
+    assert re.search(r"blocks_meet.*kernels.cu:\d+", output)
+
+
 needs_simt = pytest.mark.skipif(dispatch.why_missing("simt") is not None, reason=str(dispatch.why_missing("simt")))
 
 

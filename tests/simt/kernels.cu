@@ -312,6 +312,12 @@ __global__ void shared_overflow(float* y) {
   __syncwarp();
   store_global(y + threadIdx.x, load_shared(&values[threadIdx.x]));
 }
+// Blocks that are `apart` write the same.
+__global__ void blocks_meet(float* y, int apart) {
+  __syncthreads();
+  if (threadIdx.x == 0) store_global(y + blockIdx.x % apart, 1.0f);
+  __syncthreads();
+}
 
 }  // namespace
 
@@ -332,6 +338,7 @@ int main(int count, char** arguments) {
       {"hand_over", [&] { return run_hand_over(x.data(), reinterpret_cast<uint32_t*>(y.data()), y.data() + 64, 4); }},
       {"global_overflow",
        [&] { return guarded([&] { launch({"o", 1, 32, nullptr}, global_overflow, y.data(), 1 << 14); }); }},
+      {"blocks_meet", [&] { return guarded([&] { launch({"o", 64, 64, nullptr}, blocks_meet, y.data(), 16); }); }},
       {"shared_overflow", [&] { return guarded([&] { launch({"o", 1, 32, nullptr}, shared_overflow, y.data()); }); }},
   };
   const auto program = programs.find(arguments[1]);

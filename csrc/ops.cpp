@@ -47,6 +47,16 @@ STABLE_TORCH_LIBRARY(FASTNETS_LIBRARY, m) {
       "Tensor? keep_g=None, Tensor? hold_h=None, Tensor? hold_c=None, float keep_scale=1.0, float zoneout_h=0.0, "
       "float zoneout_c=0.0, float clip=0.0) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // Both directions of a layer at once, on GPUs. `ahead` and `back`: h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, peephole,
+  // norm, keep_g, hold_h and hold_c of each; likewise the results of recurrent_forward one after the other, and those
+  // of recurrent_backward. `of_ahead` and `of_back`: the gradients of y, h and c, then y, gates and cells.
+  m.def(
+      "recurrent_forward_both(Tensor x, Tensor?[] ahead, Tensor?[] back, Tensor? lengths, int cell, bool tf32, "
+      "bool save, float keep_scale=1.0, float zoneout_h=0.0, float zoneout_c=0.0, float clip=0.0) -> Tensor[]");
+  m.def(
+      "recurrent_backward_both(Tensor x, Tensor?[] ahead, Tensor?[] back, Tensor?[] of_ahead, Tensor?[] of_back, "
+      "Tensor? lengths, int cell, bool tf32, bool need_x, bool need_weights, float keep_scale=1.0, "
+      "float zoneout_h=0.0, float zoneout_c=0.0, float clip=0.0) -> Tensor[]");
   // softmax over `dim` of x * scale + mask, mask boolean (True takes part) or additive, of x's shape (strides may be
   // 0).
   m.def("softmax_forward(Tensor x, Tensor? mask, int dim, float scale) -> Tensor");

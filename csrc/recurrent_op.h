@@ -1,9 +1,11 @@
 // The recurrent operators on every device: from torch's tensors to the kernels' parameters. A Device has
-//   forward(p, operands): fills the results that p points at,
-//   backward(p, operands, y, need_x, need_weights): likewise, and returns the gradients of x and of the weights.
+//   forward(calls): fills the results that their parameters point at, of one direction or both,
+//   backward(calls, need_x, need_weights): likewise, and the gradients of x and of the weights in `of`.
 #pragma once
 
+#include <array>
 #include <limits>
+#include <span>
 #include <tuple>
 #include <vector>
 
@@ -29,6 +31,20 @@ struct RecurrentOperands {
 
 struct RecurrentGradients {
   Tensor x, w_ih, w_hh, b_ih, b_hh, w_hr, peephole, norm;  // empty where nobody asks
+};
+
+// One direction of a layer, with what came of it.
+struct ForwardCall {
+  RecurrentOperands operands;
+  RecurrentForward p;
+  Tensor y, h, c, gates, cells;
+};
+struct BackwardCall {
+  RecurrentOperands operands;
+  RecurrentBackward p;
+  const Tensor& y;
+  Tensor grad_h0, grad_c0;
+  RecurrentGradients of;
 };
 
 inline Tensor new_empty(const Tensor& x, std::initializer_list<int64_t> size, std::optional<ScalarType> dtype = {}) {
@@ -117,6 +133,62 @@ inline RecurrentShape shape_of(const RecurrentOperands& o, int64_t cell, bool re
   return s;
 }
 
+// Checks the operands and makes room for the results.
+inline ForwardCall forward_call(const RecurrentOperands& o, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
+                                int64_t cell, bool reverse, bool tf32, bool save) {
+  const Tensor& x = o.x;
+  RecurrentForward p{};
+  p.shape = shape_of(o, cell, reverse, tf32);
+  const RecurrentShape& s = p.shape;
+  check_operand(b_ih, x, {o.w_hh.size(0)}, "b_ih");
+  check_operand(b_hh, x, {o.w_hh.size(0)}, "b_hh");
+  const bool keeps_cells = save && s.cell == Cell::kLstm, keeps_gates = keeps_cells || (save && s.cell == Cell::kGru);
+  Tensor y = new_empty(x, {s.steps, s.batch, s.output}), h = new_empty(x, {s.batch, s.output});
+  Tensor c = o.c0 ? new_empty(x, {s.batch, s.hidden}) : new_empty(x, {0});
+  Tensor gates = keeps_gates ? new_empty(x, {s.steps, s.batch, saved_gates(s) * s.hidden}, computing(x))
+                             : new_empty(x, {0}, computing(x));
+  Tensor cells =
+      keeps_cells ? new_empty(x, {s.steps, s.batch, s.hidden}, computing(x)) : new_empty(x, {0}, computing(x));
+  p.x = x.data_ptr(), p.h0 = o.h0.data_ptr(), p.c0 = pointer_or_null(o.c0);
+  p.w_ih = o.w_ih.data_ptr(), p.w_hh = o.w_hh.data_ptr(), p.w_hr = pointer_or_null(o.w_hr);
+  p.b_ih = pointer_or_null(b_ih), p.b_hh = pointer_or_null(b_hh);
+  p.y = y.data_ptr(), p.h = h.data_ptr(), p.c = c.data_ptr();
+  if (keeps_gates) p.gates = gates.data_ptr();
+  if (keeps_cells) p.cells = cells.data_ptr();
+  return {o, p, y, h, c, gates, cells};
+}
+
+inline BackwardCall backward_call(const OptionalTensor& grad_y, const OptionalTensor& grad_h,
+                                  const OptionalTensor& grad_c, const RecurrentOperands& o, const Tensor& y,
+                                  const OptionalTensor& gates, const OptionalTensor& cells, int64_t cell, bool reverse,
+                                  bool tf32) {
+  const Tensor& x = o.x;
+  RecurrentBackward p{};
+  p.shape = shape_of(o, cell, reverse, tf32);
+  const RecurrentShape& s = p.shape;
+  check_operand(y, x, {s.steps, s.batch, s.output}, "y");
+  check_operand(grad_y, x, {s.steps, s.batch, s.output}, "grad_y");
+  check_operand(grad_h, x, {s.batch, s.output}, "grad_h");
+  check_operand(grad_c, x, {s.batch, s.hidden}, "grad_c");
+  const auto check_saved = [&](const OptionalTensor& t, int64_t columns, const char* name) {
+    STD_TORCH_CHECK(t.has_value(), name, " must be what the forward pass saved");
+    check_dtype(*t, computing(x), name);
+    check_contiguous(*t, name);
+    STD_TORCH_CHECK(t->numel() == s.steps * s.batch * columns, name, " must be what the forward pass saved");
+  };
+  if (s.cell == Cell::kLstm || s.cell == Cell::kGru) check_saved(gates, saved_gates(s) * s.hidden, "gates");
+  if (s.cell == Cell::kLstm) check_saved(cells, s.hidden, "cells");
+  Tensor grad_h0 = torch::stable::empty_like(o.h0);
+  Tensor grad_c0 = o.c0 ? torch::stable::empty_like(*o.c0) : new_empty(x, {0});
+  p.grad_h0 = grad_h0.data_ptr();
+  if (o.c0) p.grad_c0 = grad_c0.data_ptr();
+  p.grad_y = pointer_or_null(grad_y), p.grad_h = pointer_or_null(grad_h), p.grad_c = pointer_or_null(grad_c);
+  p.x = x.data_ptr(), p.h0 = o.h0.data_ptr(), p.c0 = pointer_or_null(o.c0), p.y = y.data_ptr();
+  p.w_ih = o.w_ih.data_ptr(), p.w_hh = o.w_hh.data_ptr(), p.w_hr = pointer_or_null(o.w_hr);
+  p.gates = pointer_or_null(gates), p.cells = pointer_or_null(cells);
+  return {o, p, y, grad_h0, grad_c0, {x, x, x, x, x, x, x, x}};
+}
+
 }  // namespace detail
 
 using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -130,26 +202,9 @@ Forward recurrent_forward(const Tensor& x, const Tensor& h0, const OptionalTenso
                           double keep_scale, double zoneout_h, double zoneout_c, double clip) {
   const VariantOperands variant{peephole, norm, keep_g, hold_h, hold_c, keep_scale, zoneout_h, zoneout_c, clip};
   const RecurrentOperands operands{x, h0, c0, w_ih, w_hh, w_hr, lengths, variant};
-  RecurrentForward p{};
-  p.shape = detail::shape_of(operands, cell, reverse, tf32);
-  const RecurrentShape& s = p.shape;
-  detail::check_operand(b_ih, x, {w_hh.size(0)}, "b_ih");
-  detail::check_operand(b_hh, x, {w_hh.size(0)}, "b_hh");
-  const bool keeps_cells = save && s.cell == Cell::kLstm, keeps_gates = keeps_cells || (save && s.cell == Cell::kGru);
-  Tensor y = new_empty(x, {s.steps, s.batch, s.output}), h = new_empty(x, {s.batch, s.output});
-  Tensor c = c0 ? new_empty(x, {s.batch, s.hidden}) : new_empty(x, {0});
-  Tensor gates = keeps_gates ? new_empty(x, {s.steps, s.batch, saved_gates(s) * s.hidden}, computing(x))
-                             : new_empty(x, {0}, computing(x));
-  Tensor cells =
-      keeps_cells ? new_empty(x, {s.steps, s.batch, s.hidden}, computing(x)) : new_empty(x, {0}, computing(x));
-  p.x = x.data_ptr(), p.h0 = h0.data_ptr(), p.c0 = pointer_or_null(c0);
-  p.w_ih = w_ih.data_ptr(), p.w_hh = w_hh.data_ptr(), p.w_hr = pointer_or_null(w_hr);
-  p.b_ih = pointer_or_null(b_ih), p.b_hh = pointer_or_null(b_hh);
-  p.y = y.data_ptr(), p.h = h.data_ptr(), p.c = c.data_ptr();
-  if (keeps_gates) p.gates = gates.data_ptr();
-  if (keeps_cells) p.cells = cells.data_ptr();
-  Device::forward(p, operands);
-  return {y, h, c, gates, cells};
+  ForwardCall call = detail::forward_call(operands, b_ih, b_hh, cell, reverse, tf32, save);
+  Device::forward(std::span(&call, 1));
+  return {call.y, call.h, call.c, call.gates, call.cells};
 }
 
 using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -165,31 +220,69 @@ Backward recurrent_backward(const OptionalTensor& grad_y, const OptionalTensor& 
                             double clip) {
   const VariantOperands variant{peephole, norm, keep_g, hold_h, hold_c, keep_scale, zoneout_h, zoneout_c, clip};
   const RecurrentOperands operands{x, h0, c0, w_ih, w_hh, w_hr, lengths, variant};
-  RecurrentBackward p{};
-  p.shape = detail::shape_of(operands, cell, reverse, tf32);
-  const RecurrentShape& s = p.shape;
-  detail::check_operand(y, x, {s.steps, s.batch, s.output}, "y");
-  detail::check_operand(grad_y, x, {s.steps, s.batch, s.output}, "grad_y");
-  detail::check_operand(grad_h, x, {s.batch, s.output}, "grad_h");
-  detail::check_operand(grad_c, x, {s.batch, s.hidden}, "grad_c");
-  const auto check_saved = [&](const OptionalTensor& t, int64_t columns, const char* name) {
-    STD_TORCH_CHECK(t.has_value(), name, " must be what the forward pass saved");
-    check_dtype(*t, computing(x), name);
-    check_contiguous(*t, name);
-    STD_TORCH_CHECK(t->numel() == s.steps * s.batch * columns, name, " must be what the forward pass saved");
+  BackwardCall call = detail::backward_call(grad_y, grad_h, grad_c, operands, y, gates, cells, cell, reverse, tf32);
+  Device::backward(std::span(&call, 1), need_x, need_weights);
+  const RecurrentGradients& of = call.of;
+  return {of.x, call.grad_h0, call.grad_c0, of.w_ih, of.w_hh, of.b_ih, of.b_hh, of.w_hr, of.peephole, of.norm};
+}
+
+// Both directions of a layer, each with a list of what is its own, in the order of the operator's schema.
+using Own = std::vector<OptionalTensor>;
+
+namespace detail {
+inline RecurrentOperands operands_of(const Tensor& x, const OptionalTensor& lengths, const Own& own, double keep_scale,
+                                     double zoneout_h, double zoneout_c, double clip) {
+  STD_TORCH_CHECK(own.size() == 12, "a direction has 12 tensors, some of them None");
+  for (const int required : {0, 2, 3}) STD_TORCH_CHECK(own[required], "h0, w_ih and w_hh must be there");
+  const VariantOperands variant{own[7], own[8], own[9], own[10], own[11], keep_scale, zoneout_h, zoneout_c, clip};
+  return {x, *own[0], own[1], *own[2], *own[3], own[6], lengths, variant};
+}
+
+// What a launch for both directions takes from the first one.
+inline void check_alike(const RecurrentShape& a, const RecurrentShape& b) {
+  STD_TORCH_CHECK(a.hidden == b.hidden && a.output == b.output, "both directions have the same sizes");
+  STD_TORCH_CHECK(a.is_variant == b.is_variant && (a.variant.norm == nullptr) == (b.variant.norm == nullptr),
+                  "both directions have the same options");
+}
+}  // namespace detail
+
+template <class Device>
+std::vector<Tensor> recurrent_forward_both(const Tensor& x, const Own& ahead, const Own& back,
+                                           const OptionalTensor& lengths, int64_t cell, bool tf32, bool save,
+                                           double keep_scale, double zoneout_h, double zoneout_c, double clip) {
+  const auto call = [&](const Own& own, bool reverse) {
+    const RecurrentOperands o = detail::operands_of(x, lengths, own, keep_scale, zoneout_h, zoneout_c, clip);
+    return detail::forward_call(o, own[4], own[5], cell, reverse, tf32, save);
   };
-  if (s.cell == Cell::kLstm || s.cell == Cell::kGru) check_saved(gates, saved_gates(s) * s.hidden, "gates");
-  if (s.cell == Cell::kLstm) check_saved(cells, s.hidden, "cells");
-  Tensor grad_h0 = torch::stable::empty_like(h0);
-  Tensor grad_c0 = c0 ? torch::stable::empty_like(*c0) : new_empty(x, {0});
-  p.grad_h0 = grad_h0.data_ptr();
-  if (c0) p.grad_c0 = grad_c0.data_ptr();
-  p.grad_y = pointer_or_null(grad_y), p.grad_h = pointer_or_null(grad_h), p.grad_c = pointer_or_null(grad_c);
-  p.x = x.data_ptr(), p.h0 = h0.data_ptr(), p.c0 = pointer_or_null(c0), p.y = y.data_ptr();
-  p.w_ih = w_ih.data_ptr(), p.w_hh = w_hh.data_ptr(), p.w_hr = pointer_or_null(w_hr);
-  p.gates = pointer_or_null(gates), p.cells = pointer_or_null(cells);
-  const RecurrentGradients of = Device::backward(p, operands, y, need_x, need_weights);
-  return {of.x, grad_h0, grad_c0, of.w_ih, of.w_hh, of.b_ih, of.b_hh, of.w_hr, of.peephole, of.norm};
+  std::array<ForwardCall, 2> calls{call(ahead, false), call(back, true)};
+  detail::check_alike(calls[0].p.shape, calls[1].p.shape);
+  Device::forward(calls);
+  std::vector<Tensor> found;
+  for (const ForwardCall& of : calls) found.insert(found.end(), {of.y, of.h, of.c, of.gates, of.cells});
+  return found;
+}
+
+// `of_ahead` and `of_back`: the gradients of y, h and c, then y, gates and cells.
+template <class Device>
+std::vector<Tensor> recurrent_backward_both(const Tensor& x, const Own& ahead, const Own& back, const Own& of_ahead,
+                                            const Own& of_back, const OptionalTensor& lengths, int64_t cell, bool tf32,
+                                            bool need_x, bool need_weights, double keep_scale, double zoneout_h,
+                                            double zoneout_c, double clip) {
+  const auto call = [&](const Own& own, const Own& of, bool reverse) {
+    const RecurrentOperands o = detail::operands_of(x, lengths, own, keep_scale, zoneout_h, zoneout_c, clip);
+    STD_TORCH_CHECK(of.size() == 6 && of[3], "a direction comes back with 6 tensors, of which y must be there");
+    return detail::backward_call(of[0], of[1], of[2], o, *of[3], of[4], of[5], cell, reverse, tf32);
+  };
+  std::array<BackwardCall, 2> calls{call(ahead, of_ahead, false), call(back, of_back, true)};
+  detail::check_alike(calls[0].p.shape, calls[1].p.shape);
+  Device::backward(calls, need_x, need_weights);
+  std::vector<Tensor> found;
+  for (const BackwardCall& one : calls) {
+    const RecurrentGradients& of = one.of;
+    found.insert(found.end(),
+                 {of.x, one.grad_h0, one.grad_c0, of.w_ih, of.w_hh, of.b_ih, of.b_hh, of.w_hr, of.peephole, of.norm});
+  }
+  return found;
 }
 
 }  // namespace fastnets

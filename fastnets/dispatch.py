@@ -49,6 +49,8 @@ class Implementation(NamedTuple):
     """None, or why the backend does not take the case."""
     operators: Any = None
     """Holds the family's operators as attributes named by the schemas in csrc/ops.cpp; None for the reference."""
+    both: bool = False
+    """Of recurrent: whether it has the operators for both directions of a layer at once."""
 
 
 def _supports_everything(case: Case) -> None:
@@ -93,8 +95,6 @@ def _kernels_objection(case: Case) -> str | None:
     """What the GPU kernels do not take, CUDA's and Triton's, on a GPU or on the CPU for tests."""
     if case.dtype not in _GPU_DTYPES:
         return f"the GPU kernels take float32, bfloat16 and float16, not {case.dtype}"
-    if "layer_norm" in case.options:
-        return "the CUDA kernels have no layer_norm: its sums over all hidden units would need a grid barrier a step"
     widest = max(case.sizes.get("D", 0), case.sizes.get("Dv", 0))
     if case.family == "attention" and widest > _GPU_WIDEST_HEAD:
         return f"the GPU kernels take head dimensions up to {_GPU_WIDEST_HEAD}, not {widest}"
@@ -134,13 +134,13 @@ def _simt_supports(case: Case) -> str | None:
 IMPLEMENTATIONS: dict[tuple[str, str], Implementation] = {
     **{(family, "reference"): Implementation("reference", _supports_everything) for family in FAMILIES},
     **{(family, "cpu"): Implementation("cpu", _cpu_supports, torch.ops.fastnets) for family in FAMILIES},
-    **{(family, "cuda"): Implementation("cuda", _cuda_supports, torch.ops.fastnets) for family in FAMILIES},
+    **{(family, "cuda"): Implementation("cuda", _cuda_supports, torch.ops.fastnets, True) for family in FAMILIES},
     **{
         (family, "triton"): Implementation("triton", _triton_supports, getattr(torch.ops, registry.NAMESPACE))
         for family in FAMILIES
         if family in registry.FAMILIES
     },
-    **{(family, "simt"): Implementation("simt", _simt_supports, torch.ops.fastnets_simt) for family in FAMILIES},
+    **{(family, "simt"): Implementation("simt", _simt_supports, torch.ops.fastnets_simt, True) for family in FAMILIES},
 }
 
 # Device type -> backends in the order in which they are asked.

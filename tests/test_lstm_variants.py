@@ -399,10 +399,10 @@ def test_learns_the_language_of_a_word(options):
 @pytest.mark.skipif(dispatch.why_missing("simt") is not None, reason=str(dispatch.why_missing("simt")))
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("shape", SHAPES[:3], ids=lambda shape: "-".join(shape) or "plain")
-def test_cuda_kernels_agree_in_every_schedule(device, shape, training):
-    """All but layer norm, which they object to, of packed sequences."""
-    options = {name: value for name, value in EVERY.items() if name != "layer_norm"}
-    layer = _layer(options, torch.float32, **shape).train(training)
+@pytest.mark.parametrize("norm", [True, False], ids=["norm", "no-norm"])
+def test_cuda_kernels_agree_in_every_schedule(device, norm, shape, training):
+    """All options of packed sequences; without layer norm, too, for that has kernels of its own."""
+    layer = _layer({**EVERY, "layer_norm": norm}, torch.float32, **shape).train(training)
     inputs = _inputs(layer)
     expected = _with_gradients(layer, inputs, _run(layer, *inputs, LENGTHS))
     with fastnets.backend("simt"):

@@ -5,7 +5,7 @@ import torch
 
 import fastnets
 from fastnets import dispatch
-from fastnets.ops.recurrent import GATES, recurrent
+from fastnets.ops.recurrent import GATES, Direction, recurrent, recurrent_both
 from fastnets.reference.recurrent import CELLS
 from fastnets.testing import full_precision
 
@@ -214,3 +214,63 @@ def test_weights_that_no_chip_holds(device):
 def test_hidden_sizes_that_are_multiples_of_nothing(device, cell, hidden):
     operands = _operands(cell, steps=2, batch=3, hidden=hidden)
     _assert_close(_run("simt", operands, cell=cell), _run("cpu", operands, cell=cell), rtol=2e-5, atol=2e-5)
+
+
+def _launches(device):
+    return [device.counters()[f"recurrent_{way}"]["launches"] for way in ("forward", "backward")]
+
+
+@pytest.mark.parametrize("options", [{}, {"layer_norm": True, "peephole": True}], ids=["plain", "options"])
+@pytest.mark.parametrize(("resident", "launches"), [(32, [1, 1]), (6, [1, 1]), (5, [2, 1]), (3, [2, 2])])
+def test_both_directions_are_one_launch_where_they_fit(device, resident, launches, options):
+    """20 units are three strips of 8 forwards, and two of 16 backwards."""
+    torch.manual_seed(0)
+    layer = fastnets.nn.LSTM(3, 20, bidirectional=True, **options)
+    x = torch.randn(4, 5, 3)
+    outputs = {}
+    for backend in ("simt", "cpu"):
+        if backend == "simt":
+            device.set_resident_limit(resident)
+            device.reset_counters()
+            device.set_counting(True)
+        with fastnets.backend(backend):
+            y, (h, c) = layer(x)
+            gradients = torch.autograd.grad(y.square().sum() + h.sum() + c.sum(), list(layer.parameters()))
+            outputs[backend] = [y, h, c, *gradients]
+    assert _launches(device) == launches
+    _assert_close(outputs["simt"], outputs["cpu"], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("seed", range(8))
+def test_directions_at_once_give_the_bits_of_each_alone(device, cell, seed):
+    device.set_seed(seed)
+    lengths = torch.tensor([4, 0, 3, 1, 2])
+    x, *ahead = _operands(cell)
+    back = [None if t is None else t.flip(0) for t in ahead]
+    tensors = [t for t in (x, *ahead, *back) if t is not None]
+    for t in tensors:
+        t.requires_grad_()
+
+    def gradients(results):
+        total = sum((t * (i + 1)).square().sum() for i, t in enumerate(results))
+        return [*results, *torch.autograd.grad(total, tensors)]
+
+    with fastnets.backend("simt"):
+        at_once = recurrent_both(x, Direction(*ahead), Direction(*back), lengths=lengths, cell=cell)
+        alone = [
+            recurrent(x, *own, lengths=lengths, cell=cell, reverse=reverse)
+            for own, reverse in ((ahead, False), (back, True))
+        ]
+        mine, true = (gradients([t for own in found for t in own if t is not None]) for found in (at_once, alone))
+    assert all(map(torch.equal, mine, true))
+
+
+def test_directions_that_differ_are_refused_by_the_operator(device):
+    x, *own = _operands("lstm")
+    masks = [None] * 5
+    smaller = _operands("lstm", hidden=10)[1:]
+    with pytest.raises(RuntimeError, match="both directions have the same sizes"):
+        torch.ops.fastnets_simt.recurrent_forward_both(x, [*own, *masks], [*smaller, *masks], None, 0, False, False)
+    with pytest.raises(RuntimeError, match="a direction has 12 tensors"):
+        torch.ops.fastnets_simt.recurrent_forward_both(x, own, own, None, 0, False, False)

@@ -4,10 +4,16 @@ namespace fastnets {
 namespace {
 
 struct Cpu {
-  static void forward(const RecurrentForward& p, const RecurrentOperands&) { kernels().recurrent_forward(p); }
+  static void forward(std::span<ForwardCall> calls) {
+    for (const ForwardCall& call : calls) kernels().recurrent_forward(call.p);
+  }
 
-  static RecurrentGradients backward(RecurrentBackward& p, const RecurrentOperands& o, const Tensor&, bool need_x,
-                                     bool need_weights) {
+  static void backward(std::span<BackwardCall> calls, bool need_x, bool need_weights) {
+    for (BackwardCall& call : calls) call.of = backward(call.p, call.operands, need_x, need_weights);
+  }
+
+ private:
+  static RecurrentGradients backward(RecurrentBackward& p, const RecurrentOperands& o, bool need_x, bool need_weights) {
     const auto gradient = [&](const Tensor& of, bool needed, void*& to) {
       Tensor grad = needed ? torch::stable::empty_like(of) : new_empty(of, {0});
       if (needed) to = grad.data_ptr();

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <span>
 
 #include "../cpu/kernels.h"
 
@@ -17,34 +18,40 @@ namespace cuda {
 // those of x and w_ih where a single step is to make its product itself.
 struct RecurrentForwardPass : RecurrentForward {
   int64_t output_row, hidden_row;  // elements from one padded row to the next: of P, of H
-  const void* from_x;              // [T, B, G H], x times w_ih; or null, of one step
+  const void* from_x;              // [T, B, G H], x times w_ih, float with layer norm; or null, of one step
   const void* first_h;             // [B, output_row], h0
   void* exchange;                  // [2, B, output_row], zeros; null where y's rows need no padding
   void* unprojected;               // [B, hidden_row], zeros, with w_hr
   float* state;                    // [B, H], lstm and gru
+  float* made;                     // [B, H], with layer norm: the new states, before zoneout
+  float* kept;                     // [B, 12 H], with layer norm, of one step, where its `gates` are null
   uint32_t* flags;                 // [recurrent_flags], zeros where blocks wait for each other
 
-  // One step is made of what is there already; but w_hr takes that step's h.
-  bool waits() const { return shape.steps > 1 || w_hr != nullptr; }
+  // One step is made of what is there already; but w_hr takes that step's h, and layer norm all of a row.
+  bool waits() const { return shape.steps > 1 || w_hr != nullptr || shape.variant.norm != nullptr; }
 };
 
 struct RecurrentBackwardPass : RecurrentBackward {  // w_hh and w_hr transposed, grad_x and those of weights not asked
   int64_t output_row, gates_row;                    // elements from one padded row to the next: of P, of G H
   void* grad_gates;                                 // [T, B, gates_row], zeros behind G H: what w_hh's rows receive
-  void* grad_inputs;      // [T, B, G H]: what w_ih's rows receive, where that is not the same (gru)
-  void* h_before;         // [T, B, P], all but the sequences' first steps there already; or null
-  void* grad_projected;   // [T, B, output_row], zeros behind P: what h receives behind w_hr
-  void* unprojected;      // [T, B, H]: h before w_hr
-  float* grad_peepholes;  // [T, B, 3 H]: what every row and step adds to that of a variant's peephole; or null
-  float* carried;         // [B, P]
-  float* state;           // [B, H], lstm
-  uint32_t* flags;        // [recurrent_flags], zeros
+  void* grad_inputs;       // [T, B, G H]: what w_ih's rows receive, where that is not the same (gru, layer norm)
+  void* h_before;          // [T, B, P], all but the sequences' first steps there already; or null
+  void* grad_projected;    // [T, B, output_row], zeros behind P: what h receives behind w_hr
+  void* unprojected;       // [T, B, H]: h before w_hr
+  float* grad_peepholes;   // [T, B, 3 H]: what every row and step adds to that of a variant's peephole; or null
+  float* grad_sums;        // [T, B, 14 H], with layer norm: of the gates, 4 H, and what `norm` is added
+  float *grad_out, *made;  // [B, H], with layer norm: of h before w_hr; the new states, before zoneout
+  float* carried;          // [B, P]
+  float* state;            // [B, H], lstm
+  uint32_t* flags;         // [recurrent_flags], zeros
 };
 
 // More than any launch for such a layer uses.
 int64_t recurrent_flags(const RecurrentShape& s);
-void recurrent_forward(const RecurrentForwardPass& p, Stream stream);
-void recurrent_backward(const RecurrentBackwardPass& p, Stream stream);
+// One direction of a layer, or two that differ in nothing but `reverse` and what their pointers point at: those in one
+// launch where the device runs all of their blocks at once, else one after the other.
+void recurrent_forward(std::span<const RecurrentForwardPass> directions, Stream stream);
+void recurrent_backward(std::span<const RecurrentBackwardPass> directions, Stream stream);
 
 void softmax_forward(const SoftmaxForward& p, Stream stream);
 void softmax_backward(const SoftmaxBackward& p, Stream stream);

@@ -3,6 +3,11 @@
 // itself, where its rows are whole pieces of 16 bytes. Where they are not, it goes through two padded steps' rows in
 // turn: who overwrites one has waited for all who have read it. A single step makes its product with x, too, and its
 // blocks wait for nobody: one launch like any other.
+//
+// Layer norm needs sums over all units of a row, of the product and of the new state. There the blocks hand on the
+// products alone, meet, and take whole rows of the batch through the rest of the step (forward_normed).
+#include <array>
+
 #include "recurrent.h"
 
 namespace fastnets::cuda {
@@ -86,16 +91,8 @@ struct Layer {
       } else {
         h = LstmCell<Math>::forward(gates, c);
       }
-      const int64_t at = (t * s.batch + b) * s.hidden + j;
-      store_global(p.state + b * s.hidden + j, c);
       save(t, b, j, gates);
-      if (p.cells != nullptr) store_global(static_cast<float*>(p.cells) + at, c);
-      if (t == times.last_time(b)) store_float<T>(p.c, b * s.hidden + j, c);
-      if (p.w_hr != nullptr) {
-        store_float<T>(p.unprojected, b * p.hidden_row + j, h);
-      } else {
-        emit(t, b, j, held(t, b, j, h));
-      }
+      finish(t, b, j, c, h);
     } else if constexpr (Gates == 3) {
       float gates[4] = {in.from_x[2] + in.bias[2], in.from_x[0] + in.bias[0] + sums[0],
                         in.from_x[1] + in.bias[1] + sums[1], in.bias[3] + sums[2]};
@@ -106,6 +103,18 @@ struct Layer {
     } else {
       const float gate = in.from_x[0] + in.bias[0] + sums[0];
       emit(t, b, j, s.cell == Cell::kRnnTanh ? TanhCell<Math>::forward(gate) : ReluCell<Math>::forward(gate));
+    }
+  }
+
+  // An lstm's new state, and h before w_hr and zoneout.
+  __device__ __forceinline__ void finish(int64_t t, int64_t b, int64_t j, float c, float h) const {
+    store_global(p.state + b * s.hidden + j, c);
+    if (p.cells != nullptr) store_global(static_cast<float*>(p.cells) + (t * s.batch + b) * s.hidden + j, c);
+    if (t == times.last_time(b)) store_float<T>(p.c, b * s.hidden + j, c);
+    if (p.w_hr != nullptr) {
+      store_float<T>(p.unprojected, b * p.hidden_row + j, h);
+    } else {
+      emit(t, b, j, held(t, b, j, h));
     }
   }
 
@@ -121,9 +130,66 @@ struct Layer {
     return h;
   }
 
+  // With layer norm: where a row's gates are kept, the products with x and with h, before it, behind them.
+  __device__ __forceinline__ float* kept(int64_t t, int64_t b) const {
+    return p.gates == nullptr ? p.kept + b * 12 * s.hidden
+                              : static_cast<float*>(p.gates) + (t * s.batch + b) * 12 * s.hidden;
+  }
+
+  // With layer norm: a row from the product with h on, by all threads of a block. A thread's units are its own in every
+  // loop, and what it has stored of them it reads back.
+  __device__ __forceinline__ void norm_row(int64_t t, int64_t b) const {
+    const int64_t row = t * s.batch + b, count = 4 * s.hidden;
+    float* const gates_of_row = kept(t, b);
+    if (!times.runs(t, b)) {
+      for (int64_t j = threadIdx.x; j < s.hidden; j += kThreads) {
+#pragma unroll 1
+        for (int g = 0; g < 12; ++g) store_global(gates_of_row + g * s.hidden + j, 0.0f);
+        rest_state(t, b, j);
+      }
+      return;
+    }
+    float* const made = p.made + b * s.hidden;
+    const auto of = [&](int64_t i) { return load_float<T>(s.variant.norm, i); };
+    const auto from_x = [&](int64_t i) { return load_global(static_cast<const float*>(p.from_x) + row * count + i); };
+    const auto from_h = [&](int64_t i) { return load_global(gates_of_row + 2 * count + i); };
+    const Moments of_x = moments(count, from_x), of_h = moments(count, from_h);
+#pragma unroll 1
+    for (int64_t j = threadIdx.x; j < s.hidden; j += kThreads) {
+      float gates[4];
+#pragma unroll
+      for (int g = 0; g < 4; ++g) {
+        const int64_t i = g * s.hidden + j;
+        const float x = from_x(i);
+        gates[g] = of(i) * of_x.normalise(x) + of(count + i) * of_h.normalise(from_h(i));
+        if (p.b_ih != nullptr) gates[g] += load_float<T>(p.b_ih, i);
+        if (p.b_hh != nullptr) gates[g] += load_float<T>(p.b_hh, i);
+        if (p.gates != nullptr) store_global(gates_of_row + count + i, x);
+      }
+      const float c = load_global(p.state + b * s.hidden + j);
+      store_global(made + j, VariantCell::forward(gates, c, load_options<T>(s, row, j)));
+#pragma unroll
+      for (int g = 0; g < 4; ++g) store_global(gates_of_row + g * s.hidden + j, gates[g]);
+    }
+    const Moments of_state = moments(s.hidden, [&](int64_t j) { return load_global(made + j); });
+#pragma unroll 1
+    for (int64_t j = threadIdx.x; j < s.hidden; j += kThreads) {
+      const LstmOptions<float> with = load_options<T>(s, row, j);
+      const float now = load_global(made + j);
+      const float seen = of(2 * count + j) * of_state.normalise(now) + of(2 * count + s.hidden + j);
+      float gates[4] = {0.0f, 0.0f, 0.0f, load_global(gates_of_row + 3 * s.hidden + j)};
+      const float h = VariantCell::output(gates, now, seen, with);
+      store_global(gates_of_row + 3 * s.hidden + j, gates[3]);
+      finish(t, b, j, VariantCell::hold(with.hold, load_global(p.state + b * s.hidden + j), now), h);
+    }
+  }
+
   // What a row that rests leaves behind.
   __device__ __forceinline__ void rest(int64_t t, int64_t b, int64_t j) const {
     save(t, b, j, {0.0f, 0.0f, 0.0f, 0.0f});
+    rest_state(t, b, j);
+  }
+  __device__ __forceinline__ void rest_state(int64_t t, int64_t b, int64_t j) const {
     const int64_t at = (t * s.batch + b) * s.hidden + j;
     if (p.cells != nullptr) store_global(static_cast<float*>(p.cells) + at, 0.0f);
     if (p.w_hr == nullptr) store_float<T>(p.y, at, 0.0f);
@@ -150,7 +216,8 @@ template <int Gates>
 constexpr int kUnits = kTiles * units_of_tile(Gates);  // of a strip
 
 template <class C, int Columns, bool Variant>
-__global__ void __launch_bounds__(kThreads, 1) forward(Parameters a) {
+__global__ void __launch_bounds__(kThreads, 1) forward(const __grid_constant__ Directions<Parameters> all) {
+  const Parameters& a = all.of[blockIdx.z];
   using T = typename C::Storage;
   using ProductType = Product<C, kTiles, Columns, kSlots>;
   constexpr int kOutputs = kUnits<1>;
@@ -193,7 +260,8 @@ __global__ void __launch_bounds__(kThreads, 1) forward(Parameters a) {
           if (phase == 0) {
             with_gates<Variant>(s.cell, [&](auto gates) {
               constexpr int kOwn = kUnits<gates.value>;
-              const int64_t j = int64_t{strip} * kOwn + threadIdx.x % kOwn, b = first + threadIdx.x / kOwn;
+              const int64_t j = int64_t{strip} * kOwn + threadIdx.x % kOwn;
+              const int64_t b = first + column_of<kOwn, Columns>(threadIdx.x);
               if (threadIdx.x < kOwn * Columns && j < s.hidden && times.runs(t, b)) {
                 ahead = layer.template load<gates.value>(t, b, j);
               }
@@ -226,7 +294,8 @@ __global__ void __launch_bounds__(kThreads, 1) forward(Parameters a) {
                 const int64_t j = int64_t{strip} * kOwn + unit, b = first + column;
                 if (j >= s.hidden || b >= s.batch) return;
                 if (!times.runs(t, b)) return layer.rest(t, b, j);
-                const bool loaded = column * kOwn + unit == static_cast<int>(threadIdx.x);
+                const bool loaded = unit == static_cast<int>(threadIdx.x) % kOwn &&
+                                    column == column_of<kOwn, Columns>(static_cast<int>(threadIdx.x));
                 Inputs in = loaded ? ahead : layer.template load<gates.value>(t, b, j);
                 const auto sums = product.template sums<gates.value>(w, unit, column);
                 if (makes_from_x) {
@@ -255,6 +324,83 @@ __global__ void __launch_bounds__(kThreads, 1) forward(Parameters a) {
   }
 }
 
+// An lstm with layer norm. All blocks meet behind the products with h, behind the rows, and behind those with w_hr.
+template <class C>
+__global__ void __launch_bounds__(kThreads, 1) forward_normed(const __grid_constant__ Directions<Parameters> all) {
+  using T = typename C::Storage;
+  using ProductType = Product<C, kTiles, kNormColumns, kSlots>;
+  constexpr int kOwn = kUnits<4>, kOutputs = kUnits<1>;
+  const Parameters& a = all.of[blockIdx.z];
+  DYNAMIC_SHARED(memory);
+  ProductType product(memory, a.residence);
+  product.keep(a.recurrent);
+  if (a.projection.strips > 0) product.keep(a.projection);
+
+  const RecurrentForwardPass& p = a.pass;
+  const RecurrentShape& s = p.shape;
+  Layer<T, true> layer{p};
+  const Times times{s};
+  for_own_units<kOwn, kNormColumns>(a.recurrent.strips, s.hidden, s.batch,
+                                    [&](int64_t b, int64_t j) { layer.start(b, j); });
+  for_own_units<kOutputs, kNormColumns>(a.projection.strips, s.output, s.batch,
+                                        [&](int64_t b, int64_t j) { layer.start_projected(b, j); });
+
+#pragma unroll 1
+  for (int64_t step = 0; step < s.steps; ++step) {
+    const int64_t t = times.time(step);
+    const T* former = static_cast<const T*>(p.y) + (s.reverse ? t + 1 : t - 1) * s.batch * s.output;
+    if (p.exchange != nullptr) {
+      T* const exchange = static_cast<T*>(p.exchange);
+      former = exchange + buffer_of(step) * s.batch * p.output_row;
+      layer.next = exchange + buffer_of(step + 1) * s.batch * p.output_row;
+    }
+#pragma unroll 1
+    for (int phase = 0; phase < (a.projection.strips > 0 ? 2 : 1); ++phase) {
+      const Weights& w = phase == 0 ? a.recurrent : a.projection;
+      for (int64_t first = first_row<kNormColumns>(); first < s.batch; first += next_rows<kNormColumns>()) {
+        const int rows = static_cast<int>(s.batch - first < kNormColumns ? s.batch - first : kNormColumns);
+        const bool any = times.any_runs<kNormColumns>(t, first);
+        int own = 0;
+        for (int strip = blockIdx.x; strip < w.strips; strip += gridDim.x, ++own) {
+          if (any) {
+            product(w, strip, own, rows, 0, [&](int column) -> const T* {
+              const int64_t b = first + column;
+              if (!times.runs(t, b)) return nullptr;
+              if (phase == 1) return static_cast<const T*>(p.unprojected) + b * p.hidden_row;
+              return (t == times.first_time(b) ? static_cast<const T*>(p.first_h) : former) + b * p.output_row;
+            });
+            __syncthreads();
+          }
+          if (phase == 0) {
+            for_items<kOwn, kNormColumns>([&](int unit, int column) {
+              const int64_t j = int64_t{strip} * kOwn + unit, b = first + column;
+              if (j >= s.hidden || !times.runs(t, b)) return;
+              const auto sums = product.template sums<4>(w, unit, column);
+#pragma unroll
+              for (int g = 0; g < 4; ++g) store_global(layer.kept(t, b) + (8 + g) * s.hidden + j, sums[g]);
+            });
+          } else {
+            for_items<kOutputs, kNormColumns>([&](int unit, int column) {
+              const int64_t j = int64_t{strip} * kOutputs + unit, b = first + column;
+              if (j >= s.output || b >= s.batch) return;
+              if (times.runs(t, b)) {
+                return layer.emit(t, b, j, layer.held(t, b, j, product.template sums<1>(w, unit, column)[0]));
+              }
+              store_float<T>(p.y, (t * s.batch + b) * s.output + j, 0.0f);
+            });
+          }
+          __syncthreads();
+        }
+      }
+      grid_barrier();
+      if (phase == 1) continue;
+      const int64_t blocks = int64_t{gridDim.x} * gridDim.y;
+      for (int64_t b = int64_t{blockIdx.y} * gridDim.x + blockIdx.x; b < s.batch; b += blocks) layer.norm_row(t, b);
+      grid_barrier();
+    }
+  }
+}
+
 }  // namespace
 
 int64_t recurrent_flags(const RecurrentShape& s) {
@@ -262,19 +408,33 @@ int64_t recurrent_flags(const RecurrentShape& s) {
   return (s.hidden / (kTiles * units_of_tile(4)) + s.output / units_of_tile(1) + 2) * (s.batch / 16 + 1);
 }
 
-void recurrent_forward(const RecurrentForwardPass& p, Stream stream) {
-  with_arithmetic(p.shape, [&](auto arithmetic, auto columns) {
+void recurrent_forward(std::span<const RecurrentForwardPass> directions, Stream stream) {
+  const RecurrentShape& s = directions[0].shape;
+  const bool normed = s.variant.norm != nullptr, makes_from_x = directions[0].from_x == nullptr;
+  const int gates = gates_of(s.cell);
+  const auto run = [&](auto product, auto kernel) {
+    using ProductType = typename decltype(product)::type;
+    std::array<Parameters, 2> all{};
+    for (size_t i = 0; i < directions.size(); ++i) {
+      const RecurrentForwardPass& p = directions[i];
+      Parameters& a = all[i] = {p, {}, {}, {}, kTiles * units_of_tile(gates), {}};
+      a.recurrent = weights_of<ProductType>(p.w_hh, s.hidden, p.output_row, gates);
+      if (p.w_hr != nullptr) a.projection = weights_of<ProductType>(p.w_hr, s.output, p.hidden_row, 1);
+      if (makes_from_x) a.input = weights_of<ProductType>(p.w_ih, s.hidden, s.input, gates);
+    }
+    launch_persistent<ProductType>("recurrent_forward", kernel, std::span(all).first(directions.size()),
+                                   directions[0].waits(), makes_from_x ? 2 : 1, normed ? kSumScratch : 0, stream);
+  };
+  if (normed) {
+    return with_norm_arithmetic(s, [&](auto arithmetic) {
+      using C = decltype(arithmetic);
+      run(std::type_identity<Product<C, kTiles, kNormColumns, kSlots>>{}, forward_normed<C>);
+    });
+  }
+  with_arithmetic(s, [&](auto arithmetic, auto columns) {
     using C = decltype(arithmetic);
-    using ProductType = Product<C, kTiles, columns.value, kSlots>;
-    const RecurrentShape& s = p.shape;
-    const int gates = gates_of(s.cell);
-    Parameters a{p, {}, {}, {}, kTiles * units_of_tile(gates), {}};
-    a.recurrent = weights_of<ProductType>(p.w_hh, s.hidden, p.output_row, gates);
-    if (p.w_hr != nullptr) a.projection = weights_of<ProductType>(p.w_hr, s.output, p.hidden_row, 1);
-    const bool makes_from_x = p.from_x == nullptr;
-    if (makes_from_x) a.input = weights_of<ProductType>(p.w_ih, s.hidden, s.input, gates);
-    const auto kernel = s.is_variant ? forward<C, columns.value, true> : forward<C, columns.value, false>;
-    launch_persistent<ProductType>("recurrent_forward", kernel, a, p.waits(), makes_from_x ? 2 : 1, stream);
+    run(std::type_identity<Product<C, kTiles, columns.value, kSlots>>{},
+        s.is_variant ? forward<C, columns.value, true> : forward<C, columns.value, false>);
   });
 }
 

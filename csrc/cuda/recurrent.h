@@ -12,8 +12,11 @@
 // nothing.
 #pragma once
 
+#include <span>
+
 #include "../cells.h"
 #include "launch.h"
+#include "reduce.h"
 #include "tile.h"
 
 namespace fastnets::cuda {
@@ -32,6 +35,12 @@ struct Weights {
 // left is read from global memory at every step.
 struct Residence {
   int in_registers, in_shared;  // slots
+};
+
+// What a kernel is given: a grid's z are the directions of the layer that it runs at once, which never meet.
+template <class Parameters>
+struct Directions {
+  Parameters of[2];
 };
 
 __host__ __device__ constexpr int units_of_tile(int gates) { return 16 / gates; }
@@ -72,8 +81,9 @@ class Product {
   // Rows of the batch that a lane reads: all of them, or one of every 8 that the tensor cores take at a time.
   static constexpr int kRows = kScalar ? Columns : Columns / 8;
   static constexpr int kSums = kScalar ? 2 : 4;  // that a lane has of a tile for each of those
-  // A column's sums are neighbours: so the gates of a unit are, and four lanes' columns lie in banks of their own.
-  static constexpr int kPitch = Tiles * 16 + 4;
+  // A column's sums are neighbours: so the gates of a unit are. Those that the tensor cores' lanes store together, of
+  // four columns, lie in banks of their own.
+  static constexpr int kPitch = Tiles * 16 + (kScalar ? 0 : 4);
   // Chunks of the batch that are under way at once, beside weights in registers and others.
   static constexpr int kAhead = (kRows < 4 ? 4 : 2) / C::kParts, kFewer = kAhead > 1 ? kAhead / 2 : 1;
   static_assert(kScalar || Columns % 8 == 0);
@@ -366,6 +376,18 @@ void with_arithmetic(const RecurrentShape& s, F&& f) {
   }
 }
 
+// One number of rows for layer norm, whose steps are longer than a product, and no TF32: few instantiations.
+constexpr int kNormColumns = 16;
+template <class F>
+void with_norm_arithmetic(const RecurrentShape& s, F&& f) {
+  switch (s.dtype) {
+    case Dtype::kBFloat16: return f(Bf16{});
+    case Dtype::kFloat16: return f(Fp16{});
+    case Dtype::kFloat32: return f(Fp32{});
+    default: throw std::invalid_argument("the CUDA kernels take float32, bfloat16 and float16");
+  }
+}
+
 // Where each sequence begins and ends: rows that run at time t are those with t < length.
 struct Times {
   const RecurrentShape& s;
@@ -416,11 +438,59 @@ __device__ __forceinline__ LstmOptions<float> load_options(const RecurrentShape&
 }
 __device__ __forceinline__ bool holds_h(const LstmVariant& v) { return v.hold_h != nullptr || v.zoneout_h != 0.0; }
 
+constexpr size_t kSumScratch = 128;  // bytes of static shared memory that block_sum takes
+
+// Layer norm of a row, by all threads of a block: the sum over j < count of value(j), each thread its own j.
+template <class Value>
+__device__ __forceinline__ float row_sum(int64_t count, const Value& value) {
+  float sum = 0.0f;
+#pragma unroll 1
+  for (int64_t j = threadIdx.x; j < count; j += kThreads) sum += value(j);
+  return block_sum(sum);
+}
+struct Moments {
+  float mean, scale;  // scale: one over the standard deviation
+  __device__ __forceinline__ float normalise(float x) const { return (x - mean) * scale; }
+};
+template <class Value>
+__device__ __forceinline__ Moments moments(int64_t count, const Value& value) {
+  const float mean = row_sum(count, value) / static_cast<float>(count);
+  const float squares = row_sum(count, [&](int64_t j) {
+    const float deviation = value(j) - mean;
+    return deviation * deviation;
+  });
+  return {mean, rsqrtf(squares / static_cast<float>(count) + static_cast<float>(kNormEpsilon))};
+}
+// From the gradient of the normalised row, that of the row before, for its element j.
+struct NormGradient {
+  Moments of;
+  float mean, along;
+  __device__ __forceinline__ float operator()(float grad, float unit) const {
+    return (grad - mean - unit * along) * of.scale;
+  }
+};
+// grad(j): of the normalised row; unit(j): that row itself.
+template <class Grad, class Unit>
+__device__ __forceinline__ NormGradient norm_gradient(Moments of, int64_t count, const Grad& grad, const Unit& unit) {
+  const float mean = row_sum(count, grad) / static_cast<float>(count);
+  const float along = row_sum(count, [&](int64_t j) { return grad(j) * unit(j); }) / static_cast<float>(count);
+  return {of, mean, along};
+}
+
+// The column of a block's item, whose unit is item % Units. A warp that reads 16 units of two columns takes columns
+// whose sums lie in banks of their own: those four apart.
+template <int Units, int Columns>
+__device__ __forceinline__ int column_of(int item) {
+  const int place = item / Units;
+  if constexpr (Units != 16 || Columns < 8) return place;
+  return place / 8 * 8 + place % 2 * 4 + place / 2 % 4;
+}
+
 // Calls f(unit, column) for this thread's share of a strip's units and the batch's columns.
 template <int Units, int Columns, class F>
 __device__ __forceinline__ void for_items(F&& f) {
 #pragma unroll 1
-  for (int i = threadIdx.x; i < Units * Columns; i += kThreads) f(i % Units, i / Units);
+  for (int i = threadIdx.x; i < Units * Columns; i += kThreads) f(i % Units, column_of<Units, Columns>(i));
 }
 
 // A grid's x shares out the strips, its y groups of the batch's rows, which never meet: this block's first row, and how
@@ -462,18 +532,19 @@ Weights weights_of(const void* data, int64_t units, int64_t depth, int gates) {
 }
 
 // Deals the strips of both products (the second may have none) to blocks, keeps of their weights on the chip what fits,
-// and launches. Blocks that wait for each other must all run at once; where there is room for more, they share the rows
-// of the batch out, too, each share with the weights of its own. A sequence of one step reads its weights once and
-// keeps nothing. `places`: for sums.
+// and launches. Blocks that wait for each other must all run at once; where there is room for more, both directions do,
+// or they share the rows of the batch out, too, each share with the weights of its own. A sequence of one step reads
+// its weights once and keeps nothing. `places`: for sums; `fixed`: bytes of static shared memory.
 template <class ProductType, class Parameters>
-void launch_persistent(const char* name, void (*kernel)(Parameters), Parameters& a, bool waits, int places,
-                       Stream stream) {
-  Weights &first = a.recurrent, &second = a.projection;
+void launch_persistent(const char* name, void (*kernel)(Directions<Parameters>), std::span<Parameters> directions,
+                       bool waits, int places, size_t fixed, Stream stream) {
+  const Parameters& like = directions[0];
+  const Weights &first = like.recurrent, &second = like.projection;
   const size_t least = ProductType::shared_bytes(0) + (places - 1) * ProductType::kSumBytes;
-  const bool keeps = a.pass.shape.steps > 1;
-  const int room = keeps ? static_cast<int>((shared_limit() - least) / ProductType::kSlotBytes) : 0;
+  const bool keeps = like.pass.shape.steps > 1;
+  const int room = keeps ? static_cast<int>((shared_limit() - fixed - least) / ProductType::kSlotBytes) : 0;
   const int strips = std::max(first.strips, second.strips);
-  const int64_t groups = (a.pass.shape.batch + ProductType::kColumns - 1) / ProductType::kColumns;
+  const int64_t groups = (like.pass.shape.batch + ProductType::kColumns - 1) / ProductType::kColumns;
   int blocks = strips;
   int64_t shares = std::min<int64_t>(groups, 65535);  // of the batch
   if (waits) {
@@ -482,17 +553,30 @@ void launch_persistent(const char* name, void (*kernel)(Parameters), Parameters&
     if (resident == 0) throw std::runtime_error(std::string(name) + ": the device takes no cooperative launch");
     const int each = (strips + resident - 1) / resident;
     blocks = (strips + each - 1) / each;
-    shares = std::min<int64_t>(shares, resident / blocks);
+    if (blocks * static_cast<int>(directions.size()) > resident) {
+      for (Parameters& one : directions) {
+        launch_persistent<ProductType>(name, kernel, std::span(&one, 1), waits, places, fixed, stream);
+      }
+      return;
+    }
+    shares = std::min<int64_t>(shares, resident / (blocks * static_cast<int>(directions.size())));
   }
   const auto slots = [&](const Weights& w) { return (w.strips + blocks - 1) / blocks * w.slots; };
-  second.first_slot = slots(first);
+  Residence residence{};
   if (keeps) {
-    a.residence.in_registers = std::min(first.slots, ProductType::kRegisterSlots);
-    a.residence.in_shared = std::min(room, slots(first) + slots(second) - a.residence.in_registers);
+    residence.in_registers = std::min(first.slots, ProductType::kRegisterSlots);
+    residence.in_shared = std::min(room, slots(first) + slots(second) - residence.in_registers);
   }
-  const size_t shared = least + a.residence.in_shared * ProductType::kSlotBytes;
-  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(shares));
-  launch({name, grid, kThreads, stream, shared, waits}, kernel, a);
+  Directions<Parameters> all{};
+  for (size_t i = 0; i < directions.size(); ++i) {
+    all.of[i] = directions[i];
+    all.of[i].projection.first_slot = slots(first);
+    all.of[i].residence = residence;
+  }
+  const size_t shared = least + residence.in_shared * ProductType::kSlotBytes;
+  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(shares),
+                  static_cast<unsigned>(directions.size()));
+  launch({name, grid, kThreads, stream, shared, waits}, kernel, all);
 }
 
 }  // namespace fastnets::cuda

@@ -1,6 +1,8 @@
 // A recurrent layer backwards over a whole sequence in one cooperative launch, as forwards: the transposed weights stay
 // on the chip, and the gradients of the gates are the exchange. The products over all steps follow elsewhere, so that
-// nothing here is summed in an order that could differ.
+// nothing here is summed in an order that could differ. With layer norm, blocks meet as they do forwards.
+#include <array>
+
 #include "recurrent.h"
 
 namespace fastnets::cuda {
@@ -133,6 +135,89 @@ struct Layer {
     }
   }
 
+  // With layer norm: a row from the gradient of h before w_hr on, by all threads of a block; as norm_row forwards.
+  __device__ __forceinline__ void norm_row(int64_t t, int64_t b) const {
+    const int64_t row = t * s.batch + b, count = 4 * s.hidden;
+    float* const sums = p.grad_sums + row * 14 * s.hidden;
+    if (!times.runs(t, b)) {
+#pragma unroll 1
+      for (int64_t j = threadIdx.x; j < s.hidden; j += kThreads) {
+        rest<4>(t, b, j);
+        store_inputs<4>(t, b, j, {});
+#pragma unroll 1
+        for (int g = 0; g < 14; ++g) store_global(sums + g * s.hidden + j, 0.0f);
+      }
+      return;
+    }
+    const float* const saved = static_cast<const float*>(p.gates) + row * 12 * s.hidden;
+    float* const made = p.made + b * s.hidden;
+    const int64_t former = (before(t) * s.batch + b) * s.hidden;
+    const bool first = t == times.first_time(b);
+    const auto c_before = [&](int64_t j) {
+      return first ? load_float<T>(p.c0, b * s.hidden + j)
+                   : load_global(static_cast<const float*>(p.cells) + former + j);
+    };
+    const auto load_gates = [&](int64_t j, float (&gates)[4]) {
+#pragma unroll
+      for (int g = 0; g < 4; ++g) gates[g] = load_global(saved + g * s.hidden + j);
+    };
+    const auto of = [&](int64_t i) { return load_float<T>(s.variant.norm, i); };
+#pragma unroll 1
+    for (int64_t j = threadIdx.x; j < s.hidden; j += kThreads) {
+      float gates[4];
+      load_gates(j, gates);
+      store_global(made + j, VariantCell::made(gates, c_before(j), load_options<T>(s, row, j)));
+    }
+    const Moments of_state = moments(s.hidden, [&](int64_t j) { return load_global(made + j); });
+    const auto unit = [&](int64_t j) { return of_state.normalise(load_global(made + j)); };
+    float *const of_gain = sums + 3 * count, *const of_bias = of_gain + s.hidden;
+#pragma unroll 1
+    for (int64_t j = threadIdx.x; j < s.hidden; j += kThreads) {
+      float gates[4];
+      load_gates(j, gates);
+      const float seen = of(2 * count + j) * unit(j) + of(2 * count + s.hidden + j);
+      if (p.w_hr != nullptr) store_float<T>(p.unprojected, row * s.hidden + j, LstmCell<Math>::output(gates, seen));
+      const float of_seen = VariantCell::backward_output(gates, seen, load_global(p.grad_out + b * s.hidden + j));
+      store_global(sums + 3 * s.hidden + j, gates[3]);
+      store_global(of_gain + j, of_seen * unit(j));
+      store_global(of_bias + j, of_seen);
+    }
+    const auto of_normed = [&](int64_t j) { return load_global(of_bias + j) * of(2 * count + j); };
+    const NormGradient of_made = norm_gradient(of_state, s.hidden, of_normed, unit);
+#pragma unroll 1
+    for (int64_t j = threadIdx.x; j < s.hidden; j += kThreads) {
+      float gates[4];
+      load_gates(j, gates);
+      gates[3] = load_global(sums + 3 * s.hidden + j);
+      float grad_c = load_global(p.state + b * s.hidden + j);
+      const float c = c_before(j), now = load_global(made + j);
+      VariantCell::backward(gates, c, of_made(of_normed(j), unit(j)), grad_c, load_options<T>(s, row, j));
+      store_global(p.state + b * s.hidden + j, grad_c);
+#pragma unroll
+      for (int g = 0; g < 3; ++g) store_global(sums + g * s.hidden + j, gates[g]);
+      store_peephole(t, b, j, {gates[0] * c, gates[1] * c, gates[3] * now});
+    }
+    __syncthreads();  // what follows is dealt to threads by the gates' columns
+#pragma unroll 1
+    for (int i = 0; i < 2; ++i) {  // of the products with x and with h
+      const float* const product = saved + (i + 1) * count;
+      const Moments of_product = moments(count, [&](int64_t k) { return load_global(product + k); });
+      const auto normalised = [&](int64_t k) { return of_product.normalise(load_global(product + k)); };
+      const auto grad = [&](int64_t k) { return load_global(sums + k) * of(i * count + k); };
+      const NormGradient to = norm_gradient(of_product, count, grad, normalised);
+#pragma unroll 1
+      for (int64_t k = threadIdx.x; k < count; k += kThreads) {
+        store_global(sums + (i + 1) * count + k, load_global(sums + k) * normalised(k));
+        const float found = to(grad(k), normalised(k));
+        if (i == 0) {
+          store_float<T>(p.grad_inputs, row * count + k, found);
+        } else {
+          store_float<T>(p.grad_gates, row * p.gates_row + k, found);
+        }
+      }
+    }
+  }
+
   // What a row that rests leaves behind.
   template <int Gates>
   __device__ __forceinline__ void rest(int64_t t, int64_t b, int64_t j) const {
@@ -177,7 +262,8 @@ __device__ __forceinline__ void wait_for_gates(const Weights& w, const uint32_t*
 }
 
 template <class C, int Columns, bool Variant>
-__global__ void __launch_bounds__(kThreads, 1) backward(Parameters a) {
+__global__ void __launch_bounds__(kThreads, 1) backward(const __grid_constant__ Directions<Parameters> all) {
+  const Parameters& a = all.of[blockIdx.z];
   using T = typename C::Storage;
   using ProductType = Product<C, kTiles, Columns, kSlots>;
   DYNAMIC_SHARED(memory);
@@ -218,7 +304,7 @@ __global__ void __launch_bounds__(kThreads, 1) backward(Parameters a) {
           const int64_t first_unit = int64_t{strip} * kUnits;
           Inputs ahead{};
           if (has_cells && !ends && threadIdx.x < kUnits * Columns) {
-            const int64_t j = first_unit + threadIdx.x % kUnits, b = first + threadIdx.x / kUnits;
+            const int64_t j = first_unit + threadIdx.x % kUnits, b = first + column_of<kUnits, Columns>(threadIdx.x);
             if (j < s.hidden && times.runs(t, b)) {
               with_gates<Variant>(s.cell, [&](auto gates) { ahead = layer.template load<gates.value>(t, b, j); });
             }
@@ -243,7 +329,8 @@ __global__ void __launch_bounds__(kThreads, 1) backward(Parameters a) {
             float grad = any ? product.template sums<1>(w, unit, column)[0] : 0.0f;
             if (phase == 0 && !layer.pass_on(t, b, j, ends, grad)) return;
             if (!has_cells) return;
-            const bool loaded = column * kUnits + unit == static_cast<int>(threadIdx.x);
+            const bool loaded = unit == static_cast<int>(threadIdx.x) % kUnits &&
+                                column == column_of<kUnits, Columns>(static_cast<int>(threadIdx.x));
             with_gates<Variant>(s.cell, [&](auto gates) {
               if (!times.runs(t, b)) return layer.template rest<gates.value>(t, b, j);
               layer.template run<gates.value>(t, b, j, loaded ? ahead : layer.template load<gates.value>(t, b, j),
@@ -261,18 +348,98 @@ __global__ void __launch_bounds__(kThreads, 1) backward(Parameters a) {
   }
 }
 
+// An lstm with layer norm. All blocks meet behind the products with w_hh, behind those with w_hr, and behind the rows.
+template <class C>
+__global__ void __launch_bounds__(kThreads, 1) backward_normed(const __grid_constant__ Directions<Parameters> all) {
+  using T = typename C::Storage;
+  using ProductType = Product<C, kTiles, kNormColumns, kSlots>;
+  const Parameters& a = all.of[blockIdx.z];
+  DYNAMIC_SHARED(memory);
+  ProductType product(memory, a.residence);
+  product.keep(a.recurrent);
+  if (a.projection.strips > 0) product.keep(a.projection);
+
+  const RecurrentBackwardPass& p = a.pass;
+  const RecurrentShape& s = p.shape;
+  const Layer<T, true> layer{p};
+  const Times times{s};
+  const bool projects = a.projection.strips > 0;
+  const int cell_strips = projects ? a.projection.strips : a.recurrent.strips;
+  for_own_units<kUnits, kNormColumns>(a.recurrent.strips, s.output, s.batch,
+                                      [&](int64_t b, int64_t j) { layer.start(b, j); });
+  for_own_units<kUnits, kNormColumns>(cell_strips, s.hidden, s.batch,
+                                      [&](int64_t b, int64_t j) { layer.start_cell(b, j); });
+
+#pragma unroll 1
+  for (int64_t step = 0; step <= s.steps; ++step) {
+    const bool ends = step == s.steps;
+    const int64_t t = times.time(s.steps - 1 - step), former = times.time(s.steps - step);
+#pragma unroll 1
+    for (int phase = 0; phase < (projects && !ends ? 2 : 1); ++phase) {
+      const Weights& w = phase == 0 ? a.recurrent : a.projection;
+      for (int64_t first = first_row<kNormColumns>(); first < s.batch; first += next_rows<kNormColumns>()) {
+        const int rows = static_cast<int>(s.batch - first < kNormColumns ? s.batch - first : kNormColumns);
+        const bool any = phase == 1 ? times.any_runs<kNormColumns>(t, first)
+                                    : step > 0 && times.any_runs<kNormColumns>(former, first);
+        int own = 0;
+        for (int strip = blockIdx.x; strip < w.strips; strip += gridDim.x, ++own) {
+          if (any) {
+            product(w, strip, own, rows, 0, [&](int column) -> const T* {
+              const int64_t b = first + column;
+              if (!times.runs(phase == 1 ? t : former, b)) return nullptr;
+              if (phase == 1) return static_cast<const T*>(p.grad_projected) + (t * s.batch + b) * p.output_row;
+              return static_cast<const T*>(p.grad_gates) + (former * s.batch + b) * p.gates_row;
+            });
+            __syncthreads();
+          }
+          for_items<kUnits, kNormColumns>([&](int unit, int column) {
+            const int64_t j = int64_t{strip} * kUnits + unit, b = first + column;
+            if (j >= w.units || b >= s.batch) return;
+            float grad = any ? product.template sums<1>(w, unit, column)[0] : 0.0f;
+            if (phase == 0 && !layer.pass_on(t, b, j, ends, grad)) return;
+            if (phase == 1 || !projects) store_global(p.grad_out + b * s.hidden + j, grad);
+          });
+          __syncthreads();
+        }
+      }
+      if (!ends) grid_barrier();
+    }
+    if (ends) break;
+    const int64_t blocks = int64_t{gridDim.x} * gridDim.y;
+    for (int64_t b = int64_t{blockIdx.y} * gridDim.x + blockIdx.x; b < s.batch; b += blocks) layer.norm_row(t, b);
+    grid_barrier();
+  }
+  for_own_units<kUnits, kNormColumns>(cell_strips, s.hidden, s.batch,
+                                      [&](int64_t b, int64_t j) { layer.finish_cell(b, j); });
+}
+
 }  // namespace
 
-void recurrent_backward(const RecurrentBackwardPass& p, Stream stream) {
-  with_arithmetic(p.shape, [&](auto arithmetic, auto columns) {
+void recurrent_backward(std::span<const RecurrentBackwardPass> directions, Stream stream) {
+  const RecurrentShape& s = directions[0].shape;
+  const bool normed = s.variant.norm != nullptr;
+  const auto run = [&](auto product, auto kernel) {
+    using ProductType = typename decltype(product)::type;
+    std::array<Parameters, 2> all{};
+    for (size_t i = 0; i < directions.size(); ++i) {
+      const RecurrentBackwardPass& p = directions[i];
+      Parameters& a = all[i] = {p, {}, {}, {}};
+      a.recurrent = weights_of<ProductType>(p.w_hh, s.output, p.gates_row, 1);
+      if (p.w_hr != nullptr) a.projection = weights_of<ProductType>(p.w_hr, s.hidden, p.output_row, 1);
+    }
+    launch_persistent<ProductType>("recurrent_backward", kernel, std::span(all).first(directions.size()), true, 1,
+                                   normed ? kSumScratch : 0, stream);
+  };
+  if (normed) {
+    return with_norm_arithmetic(s, [&](auto arithmetic) {
+      using C = decltype(arithmetic);
+      run(std::type_identity<Product<C, kTiles, kNormColumns, kSlots>>{}, backward_normed<C>);
+    });
+  }
+  with_arithmetic(s, [&](auto arithmetic, auto columns) {
     using C = decltype(arithmetic);
-    using ProductType = Product<C, kTiles, columns.value, kSlots>;
-    const RecurrentShape& s = p.shape;
-    Parameters a{p, {}, {}, {}};
-    a.recurrent = weights_of<ProductType>(p.w_hh, s.output, p.gates_row, 1);
-    if (p.w_hr != nullptr) a.projection = weights_of<ProductType>(p.w_hr, s.hidden, p.output_row, 1);
-    const auto kernel = s.is_variant ? backward<C, columns.value, true> : backward<C, columns.value, false>;
-    launch_persistent<ProductType>("recurrent_backward", kernel, a, true, 1, stream);
+    run(std::type_identity<Product<C, kTiles, columns.value, kSlots>>{},
+        s.is_variant ? backward<C, columns.value, true> : backward<C, columns.value, false>);
   });
 }
 

@@ -13,7 +13,7 @@ from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 
 from ..ops._checks import expect
-from ..ops.recurrent import recurrent, recurrent_step
+from ..ops.recurrent import Direction, recurrent, recurrent_both, recurrent_step
 from ..reference.recurrent import PLAIN, Variant
 from . import _dynamo
 
@@ -276,25 +276,23 @@ def _layers(
     last = []
     options = isinstance(module, LSTM) and bool(module.options)
     for layer in range(module.num_layers):
-        outputs = []
+        own = []
         for direction in range(directions):
             index = layer * directions + direction
             suffix = f"_l{layer}_reverse" if direction else f"_l{layer}"
-            y, h, c = recurrent(
-                x,
-                hx[0][index],
-                hx[1][index] if len(hx) == 2 else None,
-                *(
-                    getattr(module, name + suffix, None)
-                    for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
-                ),
-                lengths=lengths,
-                cell=module.mode.lower(),
-                reverse=direction == 1,
-                variant=_variant(module, suffix, x, hx[0].shape[-1]) if options else PLAIN,
+            weights = (
+                getattr(module, name + suffix, None)
+                for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
             )
-            outputs.append(y)
-            last.append((h,) if c is None else (h, c))
+            variant = _variant(module, suffix, x, hx[0].shape[-1]) if options else PLAIN
+            own.append(Direction(hx[0][index], hx[1][index] if len(hx) == 2 else None, *weights, variant))
+        cell = module.mode.lower()
+        if directions == 1:
+            results = [recurrent(x, *own[0][:7], lengths=lengths, cell=cell, variant=own[0].variant)]
+        else:
+            results = recurrent_both(x, *own, lengths=lengths, cell=cell)
+        outputs = [y for y, _, _ in results]
+        last += [(h,) if c is None else (h, c) for _, h, c in results]
         x = outputs[0] if directions == 1 else torch.cat(outputs, 2)
         if module.training and module.dropout > 0 and layer + 1 < module.num_layers:
             # On the packed rows alone, so that the random numbers are those that torch.nn draws.

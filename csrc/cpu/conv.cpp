@@ -53,7 +53,7 @@ void compute(const Phase& phase, const Block& block, int64_t image, int64_t grou
   const S* source = static_cast<const S*>(p.source) + image * shape.groups * phase.source_channels * source_pixels +
                     group * phase.source_channels * phase.source.channel;
   T* staged = static_cast<T*>(scratch(kStageSlot, (block.elements() + 1) * sizeof(T)));
-  if (depth > 0) stage(source, phase.source, phase.axes, block, {block.channels}, staged);
+  if (depth > 0) stage(source, phase.source, phase.axes, block, block.channels, staged);
   Run* runs = static_cast<Run*>(scratch(kRunSlot, (phase.taps() + 1) * sizeof(Run)));
   const int64_t count = runs_of(block, phase.axes, runs);
   // Tiles of the same height, an even one; past the last pixel they repeat it.
@@ -68,21 +68,23 @@ void compute(const Phase& phase, const Block& block, int64_t image, int64_t grou
     const int64_t first = panel * kTileCols<T>;
     const int vectors = panel_vectors<T>(phase.channels, first);
     const T* weight = packed + first * depth;
+    Walk operands = operand_rows(block), results = finish.results();
+    T* to = sums;
     for (int64_t q = 0; q < pixels; q += rows) {
       const T* row[kTileRows];
-      for (int r = 0; r < rows; ++r) row[r] = staged + block.row(at_most(q + r, pixels - 1));
-      T* to = sums + q * vectors * kLanes<T>;
+      for (int r = 0; r < rows; ++r) row[r] = staged + operands();
       if (vectors == kTileVectors) {
         tile<T, kTileVectors>(rows, row, runs, count, weight, to);
       } else {
         tile<T, 1>(rows, row, runs, count, weight, to);
       }
+      if (shape.channels_last) {  // at once, while the sums are near
+        finish.channels_last(first, vectors, to, at_most(rows, pixels - q), results);
+      } else {
+        to += rows * vectors * kLanes<T>;
+      }
     }
-    if (shape.channels_last) {
-      finish.channels_last(first, vectors, sums);
-    } else {
-      finish.planes(first, vectors, sums);
-    }
+    if (!shape.channels_last) finish.planes(first, vectors, sums);
   }
 }
 

@@ -39,12 +39,41 @@ struct Block {
     return d == 2 ? channels : d == 1 ? axes[2].size * channels : axes[1].size * axes[2].size * channels;
   }
   int64_t elements() const { return axes[0].size * stride(0); }
-  // Where the operand row of the block's q-th result begins.
-  int64_t row(int64_t q) const {
-    const int64_t w = q % axes[2].count, h = q / axes[2].count % axes[1].count, d = q / axes[2].count / axes[1].count;
-    return d * axes[0].pull * stride(0) + h * axes[1].pull * stride(1) + w * axes[2].pull * stride(2);
-  }
 };
+
+// An offset for each of a block's results, one after the other; past the last it stays there. (A division a result
+// would cost as much as the products of a shallow sum.)
+class Walk {
+ public:
+  Walk(const Block& block, int64_t start, int64_t d, int64_t h, int64_t w)
+      : ends_{block.axes[0].count, block.axes[1].count, block.axes[2].count},
+        steps_{d, h, w},
+        plane_(start),
+        line_(start),
+        at_(start) {}
+
+  FASTNETS_INLINE int64_t operator()() {
+    const int64_t now = at_;
+    if (w_ + 1 < ends_[2]) {
+      ++w_, at_ += steps_[2];
+    } else if (h_ + 1 < ends_[1]) {
+      ++h_, w_ = 0, at_ = line_ += steps_[1];
+    } else if (d_ + 1 < ends_[0]) {
+      ++d_, h_ = w_ = 0, at_ = line_ = plane_ += steps_[0];
+    }
+    return now;
+  }
+
+ private:
+  int64_t ends_[3], steps_[3];
+  int64_t d_ = 0, h_ = 0, w_ = 0, plane_, line_, at_;
+};
+
+// Where the operand rows of a block's results begin in its staged source.
+inline Walk operand_rows(const Block& block) {
+  const StagedAxis* axes = block.axes;
+  return {block, 0, axes[0].pull * block.stride(0), axes[1].pull * block.stride(1), axes[2].pull * block.stride(2)};
+}
 
 // Consecutive elements of an operand row.
 struct Run {
@@ -76,17 +105,19 @@ FASTNETS_INLINE void copy_converted(const S* from, int64_t n, T* to) {
   if (i < n) store_partial<T>(to + i, load_partial(from + i, static_cast<int>(n - i)), static_cast<int>(n - i));
 }
 
-// The source's channels that a block takes: the first `given` of its own are there, the others zero; each channel of
-// the source serves `repeat` of them, the first one `ahead` fewer.
-struct Channels {
-  int64_t given, repeat = 1, ahead = 0;
+// n elements, `step` apart; the other lanes are zero.
+template <class S>
+FASTNETS_INLINE Vec<Compute<S>> load_apart(const S* from, int n, int64_t step) {
+  if (step == 1) return n == kLanes<Compute<S>> ? load(from) : load_partial(from, n);
+  Compute<S> values[kLanes<Compute<S>>] = {};
+  for (int i = 0; i < n; ++i) values[i] = to_float(from[i * step]);
+  return load(values);
+}
 
-  int64_t of(int64_t channel) const { return (channel + ahead) / repeat; }
-};
-
-// Stages a block. `source`: its first channel in one image.
+// Stages a block. `source`: its first channel in one image. Of the block's channels the first `given` are there, the
+// others become zero.
 template <class T, class S>
-void stage(const S* source, const Strides& strides, const Axis* axes, const Block& block, const Channels& of, T* to) {
+void stage(const S* source, const Strides& strides, const Axis* axes, const Block& block, int64_t given, T* to) {
   const int64_t channels = block.channels, width = block.axes[2].size;
   const StagedAxis& w = block.axes[2];
   // Positions [begin, end) of the row lie inside the source.
@@ -108,22 +139,22 @@ void stage(const S* source, const Strides& strides, const Axis* axes, const Bloc
       const S* from = source + d * strides.at[0] + h * strides.at[1] + (w.low + begin * w.scale) * strides.at[2];
       T* row = to + begin * channels;
       int64_t c = 0;
-      if (of.repeat == 1 && strides.channel == 1) {
-        c = of.given;
+      if (strides.channel == 1) {
+        c = given;
         if (step == channels && c == channels) {
           copy_converted<T>(from, (end - begin) * channels, row);
         } else {
           for (int64_t p = 0; p < end - begin; ++p) copy_converted<T>(from + p * step, c, row + p * channels);
         }
-      } else if (of.repeat == 1 && step == 1) {
-        for (; c + 4 <= of.given; c += 4) {
+      } else if (step == 1) {
+        for (; c + 4 <= given; c += 4) {
           pack_quad<T>(from + c * strides.channel, strides.channel, end - begin, row + c, channels);
         }
       }
       for (; c < channels; ++c) {
-        const S* plane = from + of.of(c) * strides.channel;
+        const S* plane = from + c * strides.channel;
         for (int64_t p = 0; p < end - begin; ++p) {
-          row[p * channels + c] = c < of.given ? T(to_float(plane[p * step])) : T(0);
+          row[p * channels + c] = c < given ? T(to_float(plane[p * step])) : T(0);
         }
       }
     }
@@ -245,7 +276,7 @@ void pack_weight(const Phase& phase, const S* weight, T* packed) {
   });
 }
 
-// Writes sums[pixels of the block][vectors * lanes] to the result's channels from `first`, through the epilogue.
+// Writes sums [pixel][vectors * lanes] to the result's channels from `first`, through the epilogue.
 template <class T, class S>
 struct Finish {
   const Phase& phase;
@@ -253,91 +284,91 @@ struct Finish {
   int64_t image;    // offset of the image and group in the result
   int64_t channel;  // of the result, all groups counted: for the bias
 
-  template <class Body>
-  void rows(const Body& body) const {  // body(first pixel, offset in the result)
+  // The block's results: their offsets.
+  Walk results() const {
     const Axis* axes = phase.axes;
-    int64_t q = 0;
-    for (int64_t d = 0; d < block.axes[0].count; ++d) {
-      for (int64_t h = 0; h < block.axes[1].count; ++h, q += block.axes[2].count) {
-        body(q, image + (axes[0].first + (block.axes[0].begin + d) * axes[0].step) * phase.result.at[0] +
-                    (axes[1].first + (block.axes[1].begin + h) * axes[1].step) * phase.result.at[1] +
-                    (axes[2].first + block.axes[2].begin * axes[2].step) * phase.result.at[2]);
-      }
-    }
+    const int64_t* at = phase.result.at;
+    return {block, offset(0, 0), axes[0].step * at[0], axes[1].step * at[1], axes[2].step * at[2]};
   }
 
-  void channels_last(int64_t first, int vectors, const T* sums) const {
+  // `count` results at the offsets that next() gives.
+  template <class Next>
+  void channels_last(int64_t first, int vectors, const T* sums, int64_t count, Next&& next) const {
     const ConvGather& p = phase.p;
-    const int64_t step = phase.axes[2].step * phase.result.at[2];
     const int columns = static_cast<int>(at_most(vectors * kLanes<T>, phase.channels - first));
-    for (int v = 0; v * kLanes<T> < columns; ++v) {
-      const int64_t c = first + v * kLanes<T>;
-      const int n = static_cast<int>(at_most(kLanes<T>, phase.channels - c));
-      const Vec<T> bias = p.bias ? load_partial(static_cast<const S*>(p.bias) + channel + c, n) : Vec<T>{};
-      rows([&](int64_t q, int64_t to) {
-        for (int64_t i = 0; i < block.axes[2].count; ++i) {
-          write(load(sums + ((q + i) * vectors + v) * kLanes<T>) + bias, to + i * step + c, n);
+    Vec<T> bias[kTileVectors] = {};
+    for (int v = 0; p.bias && v * kLanes<T> < columns; ++v) {
+      const int n = static_cast<int>(at_most(kLanes<T>, columns - v * kLanes<T>));
+      bias[v] = load_partial(static_cast<const S*>(p.bias) + channel + first + v * kLanes<T>, n);
+    }
+    const bool plain = !p.residual && !p.kept && p.activation == Activation::kNone;
+    S* result = static_cast<S*>(p.result) + first;
+    for (const T* end = sums + count * vectors * kLanes<T>; sums < end; sums += vectors * kLanes<T>) {
+      const int64_t at = next();
+      for (int v = 0; v * kLanes<T> < columns; ++v) {
+        const Vec<T> value = load(sums + v * kLanes<T>) + bias[v];
+        const int n = static_cast<int>(at_most(kLanes<T>, columns - v * kLanes<T>));
+        if (plain && n == kLanes<T>) {
+          store(result + at + v * kLanes<T>, value);
+        } else {
+          write(value, at + first + v * kLanes<T>, n, 1);
         }
-      });
+      }
     }
   }
 
-  FASTNETS_INLINE void write(Vec<T> value, int64_t at, int n) const {
+  // All of the block's results, to the channels' planes: a vector of pixels of one channel at a time.
+  void planes(int64_t first, int vectors, const T* sums) const {
     const ConvGather& p = phase.p;
-    S* to = static_cast<S*>(p.result) + at;
-    if (n == kLanes<T>) {
-      if (p.residual) value += load(static_cast<const S*>(p.residual) + at);
-      if (p.kept) store(static_cast<S*>(p.kept) + at, value);
-      store(to, activate<T>(p.activation, value));
-    } else {
-      if (p.residual) value += load_partial(static_cast<const S*>(p.residual) + at, n);
-      if (p.kept) store_partial<S>(static_cast<S*>(p.kept) + at, value, n);
-      store_partial<S>(to, activate<T>(p.activation, value), n);
-    }
-  }
-
-  // The channels' planes: the epilogue runs on the sums in place, then they are written transposed.
-  void planes(int64_t first, int vectors, T* sums) const {
-    const ConvGather& p = phase.p;
+    const Axis* axes = phase.axes;
     const int64_t columns = at_most(vectors * kLanes<T>, phase.channels - first), row = vectors * kLanes<T>;
-    const int64_t pixels = block.pixels(), plane = phase.result.channel;
-    if (p.residual) add_residual(static_cast<const S*>(p.residual) + first * plane, columns, row, sums);
-    for (int v = 0; v * kLanes<T> < columns; ++v) {
-      const int64_t c = first + v * kLanes<T>;
-      const int n = static_cast<int>(at_most(kLanes<T>, phase.channels - c));
-      const Vec<T> bias = p.bias ? load_partial(static_cast<const S*>(p.bias) + channel + c, n) : Vec<T>{};
-      for (T* at = sums + v * kLanes<T>; at < sums + pixels * row; at += row) store(at, load(at) + bias);
-    }
-    if (p.kept) write_planes(sums, columns, row, static_cast<S*>(p.kept) + first * plane);
-    if (p.activation != Activation::kNone) {
-      for (T* at = sums; at < sums + pixels * row; at += kLanes<T>) store(at, activate<T>(p.activation, load(at)));
-    }
-    write_planes(sums, columns, row, static_cast<S*>(p.result) + first * plane);
-  }
-
-  void write_planes(const T* sums, int64_t columns, int64_t row, S* to) const {
-    const int64_t plane = phase.result.channel, step = phase.axes[2].step * phase.result.at[2];
-    const int64_t count = block.axes[2].count;
-    rows([&](int64_t q, int64_t at) {
-      int64_t i = 0;
-      if constexpr (std::is_same_v<S, T>) {
-        if (step == 1) {
-          for (; i + 4 <= count; i += 4) pack_quad<T>(sums + (q + i) * row, row, columns, to + at + i, plane);
+    const int64_t step = axes[2].step * phase.result.at[2];
+    // Lines of results `step` apart: whole rows of the result join.
+    const bool joined = step == 1 && axes[1].step == 1 && block.axes[2].count == phase.result_sizes[2];
+    const int64_t lines = joined ? 1 : block.axes[1].count, count = block.axes[2].count * block.axes[1].count / lines;
+    const S* bias = p.bias ? static_cast<const S*>(p.bias) + channel + first : nullptr;
+    T turned[kTileCols<T> * kLanes<T>] = {};  // [channel][pixel]
+    for (int64_t line = 0; line < block.axes[0].count * lines; ++line) {
+      const int64_t start = offset(line / lines, line % lines) + first * phase.result.channel;
+      for (int64_t i = 0; i < count; i += kLanes<T>) {
+        const int n = static_cast<int>(at_most(kLanes<T>, count - i));
+        int q = 0;
+        for (; q + 4 <= n; q += 4) pack_quad<T>(sums + q * row, row, columns, turned + q, kLanes<T>);
+        for (; q < n; ++q) {
+          for (int64_t c = 0; c < columns; ++c) turned[c * kLanes<T> + q] = sums[q * row + c];
         }
+        for (int64_t c = 0; c < columns; ++c) {
+          Vec<T> value = load(turned + c * kLanes<T>);
+          if (bias) value += broadcast<T>(to_float(bias[c]));
+          write(value, start + i * step + c * phase.result.channel, n, step);
+        }
+        sums += n * row;
       }
-      for (; i < count; ++i) {
-        for (int64_t c = 0; c < columns; ++c) to[at + i * step + c * plane] = from_float<S>(sums[(q + i) * row + c]);
-      }
-    });
+    }
   }
 
-  void add_residual(const S* from, int64_t columns, int64_t row, T* sums) const {
-    const int64_t plane = phase.result.channel, step = phase.axes[2].step * phase.result.at[2];
-    rows([&](int64_t q, int64_t at) {
-      for (int64_t i = 0; i < block.axes[2].count; ++i) {
-        for (int64_t c = 0; c < columns; ++c) sums[(q + i) * row + c] += to_float(from[at + i * step + c * plane]);
-      }
-    });
+  // Of the first result in line `h` of the block's plane `d`.
+  int64_t offset(int64_t d, int64_t h) const {
+    const Axis* axes = phase.axes;
+    const int64_t* at = phase.result.at;
+    return image + (axes[0].first + (block.axes[0].begin + d) * axes[0].step) * at[0] +
+           (axes[1].first + (block.axes[1].begin + h) * axes[1].step) * at[1] +
+           (axes[2].first + block.axes[2].begin * axes[2].step) * at[2];
+  }
+
+  // n results, `step` apart.
+  FASTNETS_INLINE void write(Vec<T> value, int64_t at, int n, int64_t step) const {
+    const ConvGather& p = phase.p;
+    if (p.residual) value += load_apart(static_cast<const S*>(p.residual) + at, n, step);
+    if (p.kept) store_apart(static_cast<S*>(p.kept) + at, value, n, step);
+    store_apart(static_cast<S*>(p.result) + at, activate<T>(p.activation, value), n, step);
+  }
+
+ private:
+  FASTNETS_INLINE static void store_apart(S* to, Vec<T> value, int n, int64_t step) {
+    if (step == 1 && n == kLanes<T>) return store(to, value);
+    if (step == 1) return store_partial<S>(to, value, n);
+    for (int i = 0; i < n; ++i) to[i * step] = from_float<S>(value[i]);
   }
 };
 

@@ -1,232 +1,541 @@
-// Depthwise convolution: a group is one channel, so lanes are channels and every tap is a product lane by lane. Staged
-// as the others, a few vectors of channels at a time.
+// Depthwise convolution: a result channel takes one channel of the source (its gradient in x, with a channel
+// multiplier, a few), so there is no matrix product, and what counts is how often x is read. Two ways:
+//
+//   channels last, no multiplier: lanes are channels, and x is read where it lies, past its borders not at all
+//   otherwise: lanes are pixels of a row; a plane's rows are copied once, with their padding, where a stride would part
+//   the lanes apart by their remainder, so that every tap is a load
+#include <utility>
 
 #include "conv.h"
 
 namespace fastnets::FASTNETS_ISA {
 namespace {
 
-constexpr int kRows = kVectorBytes == 16 ? 4 : 6;  // pixels, or taps, of a tile: two vectors each
-constexpr int64_t kChannelsTogether = 256;
-constexpr int64_t kGatherPixels = 32 * kRows, kWeightPixels = 16 * kRows;
+constexpr int kResults = kVectorBytes == 16 ? 4 : 6;  // results of a tile
+constexpr int kTapsTogether = 9;                      // of the weight's gradient, in registers at once
+constexpr int kWeightVectors = kVectorBytes == 64 ? 2 : 1;
+constexpr int64_t kPlaneBytes = 64 << 10;  // of a staged plane
 
-// sums[kRows][kTileVectors] (+)= over the runs, the operand rows' vectors times the weight[tap][kTileVectors].
-// A tap's elements are `step` apart from those of the tap beside it.
+int64_t positive_ceil(int64_t a, int64_t b) { return a <= 0 ? 0 : (a + b - 1) / b; }
+
+// Results [begin, end) of the axis take taps inside the source alone.
+struct Interior {
+  int64_t begin, end;
+
+  explicit Interior(const Axis& axis) {
+    const int64_t room = axis.extent - 1 - axis.offset - axis.span();
+    begin = at_most(positive_ceil(-axis.offset, axis.pull), axis.count);
+    end = room < 0 ? 0 : at_most(room / axis.pull + 1, axis.count);
+    if (end < begin) end = begin;
+  }
+};
+
+// The source position that the axis' result j takes at its first tap.
+int64_t low(const Axis& axis, int64_t j) { return j * axis.pull + axis.offset; }
+
+bool inside(const Axis& axis, int64_t position) { return position >= 0 && position < axis.extent; }
+
+int64_t taps_of(const Axis* axes) { return axes[0].taps * axes[1].taps * axes[2].taps; }
+
+// How many of `columns` the vector v has.
 template <class T>
-void gather_tile(const T* const* rows, const Run* runs, int64_t count, int64_t step, const T* weight, bool accumulate,
-                 T* sums) {
-  constexpr int lanes = kLanes<T>;
-  Vec<T> sum[kRows][kTileVectors] = {};
-  for (const Run* run = runs; run < runs + count; ++run) {
-    for (int64_t p = run->offset, end = p + run->length; p < end; p += step, weight += kTileCols<T>) {
+int lanes_of(int64_t columns, int v) {
+  const int64_t left = columns - v * kLanes<T>;
+  return left < 0 ? 0 : static_cast<int>(at_most(left, kLanes<T>));
+}
+
+// --- lanes are channels
+
+// A tap of a row of results: where the first result takes it, as a position in the row's axis and as an offset in the
+// source.
+struct TapAt {
+  int64_t x, offset;
+};
+
+// Results beside each other in one row, of the channels of one panel.
+template <class T, class S>
+struct ChannelsTile {
+  const Phase& phase;
+  const Finish<T, S>& finish;
+  const TapAt* taps;
+  const T* const* factors;  // of each tap
+  int64_t count;            // of taps
+  bool plain;               // nothing in the epilogue but the bias
+
+  // Results from `w`, of `columns` channels from `first`; `source` is at that channel. More results than one lie in the
+  // interior.
+  template <int kCount, bool kWhole>
+  FASTNETS_INLINE void run(const S* source, int64_t w, int64_t first, int64_t columns, const Vec<T>* bias,
+                           int64_t to) const {
+    const Axis& axis = phase.axes[2];
+    const int64_t apart = axis.pull * phase.source.at[2], step = axis.step * phase.result.at[2];
+    Vec<T> sum[kCount][kTileVectors];
+#pragma GCC unroll 8
+    for (int r = 0; r < kCount; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kTileVectors; ++v) sum[r][v] = bias[v];
+    }
+    source += w * apart;
+    for (int64_t t = 0; t < count; ++t) {
+      if (kCount == 1 && !inside(axis, taps[t].x + w * axis.pull)) continue;
+      const S* at = source + taps[t].offset;
+      asm("" : "+r"(at));  // the results' distances stay in registers, not their addresses
 #pragma GCC unroll 4
       for (int v = 0; v < kTileVectors; ++v) {
-        const Vec<T> factor = load(weight + v * lanes);
+        const Vec<T> factor = load(factors[t] + first * phase.taps() + v * kLanes<T>);
 #pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) sum[r][v] = fma<T>(load(rows[r] + p + v * lanes), factor, sum[r][v]);
-      }
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kTileVectors; ++v) {
-      T* at = sums + (r * kTileVectors + v) * lanes;
-      store(at, accumulate ? load(at) + sum[r][v] : sum[r][v]);
-    }
-  }
-}
-
-// sums[taps][kTileVectors] += over h x w pixels, x at each tap times the gradient [pixel][kTileVectors].
-template <class T>
-void weight_tile(int64_t height, int64_t width, const T* x, int64_t x_h, int64_t x_w, const int64_t* offsets, int taps,
-                 const T* grad, T* sums) {
-  constexpr int lanes = kLanes<T>;
-  Vec<T> sum[kRows][kTileVectors] = {};
-  for (int64_t h = 0; h < height; ++h) {
-    const T* at = x + h * x_h;
-    for (int64_t w = 0; w < width; ++w, at += x_w, grad += kTileCols<T>) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kTileVectors; ++v) {
-        const Vec<T> factor = load(grad + v * lanes);
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) sum[r][v] = fma<T>(load(at + offsets[r] + v * lanes), factor, sum[r][v]);
-      }
-    }
-  }
-  for (int r = 0; r < taps; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kTileVectors; ++v) {
-      T* at = sums + (r * kTileVectors + v) * lanes;
-      store(at, load(at) + sum[r][v]);
-    }
-  }
-}
-
-// packed[tap][kTileCols] of the result's channels from `first`, in pass `pass`.
-template <class T, class S>
-void pack_weight(const Phase& phase, int64_t passes, int64_t first, int64_t pass, T* packed) {
-  const ConvShape& s = phase.p.shape;
-  const int64_t columns = at_most(kTileCols<T>, phase.channels - first), *strides = s.weight_strides;
-  const Axis* axes = phase.axes;
-  const S* weight = static_cast<const S*>(phase.p.weight) + (first * passes + pass) * strides[0];
-  for (int64_t tap = 0; tap < phase.taps(); ++tap, packed += kTileCols<T>) {
-    const int64_t w = tap % axes[2].taps, h = tap / axes[2].taps % axes[1].taps, d = tap / axes[2].taps / axes[1].taps;
-    const S* from = weight + (axes[0].tap + d * axes[0].tap_step) * strides[2] +
-                    (axes[1].tap + h * axes[1].tap_step) * strides[3] +
-                    (axes[2].tap + w * axes[2].tap_step) * strides[4];
-    for (int64_t c = 0; c < kTileCols<T>; ++c) {
-      packed[c] = c < columns ? T(to_float(from[c * passes * strides[0]])) : T(0);
-    }
-  }
-}
-
-// How many panels of channels are staged together: side by side in memory, they are read in one sweep.
-template <class T>
-int64_t panels_together(const ConvShape& s, int64_t channels) {
-  return s.channels_last ? at_most(panel_count<T>(channels), kChannelsTogether / kTileCols<T>) : 1;
-}
-
-// One block of the channels from `first`.
-template <class T, class S>
-void compute(const Phase& phase, const Block& block, int64_t image, int64_t first, int64_t repeat, int64_t passes,
-             const T* packed) {
-  const ConvShape& s = phase.p.shape;
-  const int64_t pixels = block.pixels(), panels = block.channels / kTileCols<T>,
-                panel_size = round_up(pixels, kRows) * kTileCols<T>;
-  const int64_t source_pixels = phase.axes[0].extent * phase.axes[1].extent * phase.axes[2].extent;
-  const int64_t result_pixels = phase.result_sizes[0] * phase.result_sizes[1] * phase.result_sizes[2];
-  T* staged = static_cast<T*>(scratch(kStageSlot, (block.elements() + 1) * sizeof(T)));
-  T* sums = static_cast<T*>(scratch(kSumSlot, panels * panel_size * sizeof(T)));
-  Run* runs = static_cast<Run*>(scratch(kRunSlot, (phase.taps() + 1) * sizeof(Run)));
-  const int64_t count = runs_of(block, phase.axes, runs);
-  const Channels channels{at_most(block.channels, phase.channels - first), repeat, first % repeat};
-  const Strides strides{phase.source.channel * passes, {phase.source.at[0], phase.source.at[1], phase.source.at[2]}};
-  const Finish<T, S> finish{phase, block, image * phase.channels * result_pixels, 0};
-  for (int64_t pass = 0; pass < passes; ++pass) {
-    const S* source = static_cast<const S*>(phase.p.source) + image * phase.source_channels * source_pixels +
-                      (first / repeat * passes + pass) * phase.source.channel;
-    stage(source, strides, phase.axes, block, channels, staged);
-    for (int64_t panel = 0; panel < panels && first + panel * kTileCols<T> < phase.channels; ++panel) {
-      const T* weight = packed + (panel * passes + pass) * phase.taps() * kTileCols<T>;
-      T* to = sums + panel * panel_size;
-      for (int64_t q = 0; q < pixels; q += kRows) {
-        const T* rows[kRows];
-        for (int r = 0; r < kRows; ++r) {
-          rows[r] = staged + block.row(at_most(q + r, pixels - 1)) + panel * kTileCols<T>;
+        for (int r = 0; r < kCount; ++r) {
+          const S* x = at + r * apart + v * kLanes<T>;
+          sum[r][v] = fma<T>(kWhole ? load(x) : load_partial(x, lanes_of<T>(columns, v)), factor, sum[r][v]);
         }
-        gather_tile<T>(rows, runs, count, block.channels, weight, pass > 0, to + q * kTileCols<T>);
       }
-      if (pass + 1 < passes) continue;
-      if (s.channels_last) {
-        finish.channels_last(first + panel * kTileCols<T>, kTileVectors, to);
+    }
+    to += w * step + first;
+#pragma GCC unroll 8
+    for (int r = 0; r < kCount; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kTileVectors; ++v) {
+        const int64_t at = to + r * step + v * kLanes<T>;
+        if (kWhole && plain) {
+          store(static_cast<S*>(phase.p.result) + at, sum[r][v]);
+        } else {
+          finish.write(sum[r][v], at, lanes_of<T>(columns, v), 1);
+        }
+      }
+    }
+  }
+
+  // All channels of results from `w`; panel after panel, so that x is read in its order.
+  template <int kCount>
+  void panels(const S* source, int64_t w, int64_t to) const {
+    const S* given = static_cast<const S*>(phase.p.bias);
+    for (int64_t first = 0; first < phase.channels; first += kTileCols<T>) {
+      const int64_t columns = at_most(kTileCols<T>, phase.channels - first);
+      Vec<T> bias[kTileVectors] = {};
+      for (int v = 0; given && v < kTileVectors; ++v) {
+        bias[v] = load_partial(given + first + v * kLanes<T>, lanes_of<T>(columns, v));
+      }
+      if (columns == kTileCols<T>) {
+        run<kCount, true>(source + first, w, first, columns, bias, to);
       } else {
-        finish.planes(first + panel * kTileCols<T>, kTileVectors, to);
+        run<kCount, false>(source + first, w, first, columns, bias, to);
       }
+    }
+  }
+
+  void row(const S* source, const Interior& interior, int64_t to) const {
+    for (int64_t w = 0; w < phase.axes[2].count;) {
+      if (w >= interior.begin && w < interior.end && interior.end - interior.begin >= kResults) {
+        w = at_most(w, interior.end - kResults);  // the last overlaps the one before
+        panels<kResults>(source, w, to);
+        w += kResults;
+      } else {
+        panels<1>(source, w++, to);
+      }
+    }
+  }
+};
+
+// packed[panel][tap][kTileCols]
+template <class T, class S>
+void pack_channels(const Phase& phase, T* packed) {
+  const int64_t* strides = phase.p.shape.weight_strides;
+  const Axis* axes = phase.axes;
+  for (int64_t first = 0; first < phase.channels; first += kTileCols<T>) {
+    const int64_t columns = at_most(kTileCols<T>, phase.channels - first);
+    for (int64_t tap = 0; tap < phase.taps(); ++tap, packed += kTileCols<T>) {
+      const int64_t w = tap % axes[2].taps, h = tap / axes[2].taps % axes[1].taps;
+      const int64_t d = tap / axes[2].taps / axes[1].taps;
+      const S* from = static_cast<const S*>(phase.p.weight) + first * strides[0] +
+                      (axes[0].tap + d * axes[0].tap_step) * strides[2] +
+                      (axes[1].tap + h * axes[1].tap_step) * strides[3] +
+                      (axes[2].tap + w * axes[2].tap_step) * strides[4];
+      for (int64_t c = 0; c < kTileCols<T>; ++c) packed[c] = c < columns ? T(to_float(from[c * strides[0]])) : T(0);
     }
   }
 }
 
 template <class T, class S>
-void gather(const Phase& phase, int64_t repeat, int64_t passes) {
+void gather_channels(const Phase& phase) {
   const ConvShape& s = phase.p.shape;
-  const int64_t panels = panel_count<T>(phase.channels), panel_size = passes * phase.taps() * kTileCols<T>;
-  T* packed = static_cast<T*>(scratch(kWeightSlot, (panels * panel_size + 1) * sizeof(T)));
-  for (int64_t i = 0; i < panels * passes; ++i) {
-    const int64_t panel = i / passes, pass = i % passes;
-    pack_weight<T, S>(phase, passes, panel * kTileCols<T>, pass,
-                      packed + panel * panel_size + pass * phase.taps() * kTileCols<T>);
-  }
-  const int64_t together = panels_together<T>(s, phase.channels), sweeps = (panels + together - 1) / together;
-  const Cut cut = choose_cut<T>(phase.axes, together * kTileCols<T>, s.batch * sweeps, kGatherPixels);
-  const int64_t work = cut.size[0] * cut.size[1] * cut.size[2] * (panel_size + 1) * together;
-  parallel(s.batch * cut.count() * sweeps, kGrain / work + 1, [&](int64_t begin, int64_t end) {
+  const Axis* axes = phase.axes;
+  const Strides& strides = phase.source;
+  T* packed = static_cast<T*>(
+      scratch(kWeightSlot, (panel_count<T>(phase.channels) * phase.taps() * kTileCols<T> + 1) * sizeof(T)));
+  pack_channels<T, S>(phase, packed);
+  const Interior interior(axes[2]);
+  const int64_t source_pixels = axes[0].extent * axes[1].extent * axes[2].extent;
+  const int64_t result_pixels = phase.result_sizes[0] * phase.result_sizes[1] * phase.result_sizes[2];
+  const int64_t row_work = axes[2].count * phase.channels * phase.taps();
+  const ConvGather& p = phase.p;
+  const bool plain = !p.residual && !p.kept && p.activation == Activation::kNone;
+  parallel(s.batch * axes[0].count * axes[1].count, kGrain / (row_work + 1) + 1, [&](int64_t begin, int64_t end) {
+    TapAt* taps = static_cast<TapAt*>(scratch(kRunSlot, (phase.taps() + 1) * sizeof(TapAt)));
+    const T** factors = static_cast<const T**>(scratch(kSumSlot, (phase.taps() + 1) * sizeof(T*)));
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t panel = i % sweeps * together, piece = i / sweeps % cut.count(), image = i / sweeps / cut.count();
-      compute<T, S>(phase, cut.block(piece), image, panel * kTileCols<T>, repeat, passes, packed + panel * panel_size);
+      const int64_t h = i % axes[1].count, d = i / axes[1].count % axes[0].count;
+      const int64_t image = i / axes[1].count / axes[0].count;
+      int64_t count = 0;
+      for (int64_t tap = 0; tap < phase.taps(); ++tap) {
+        const int64_t line = tap / axes[2].taps, k = tap % axes[2].taps;
+        const int64_t z = low(axes[0], d) + line / axes[1].taps * axes[0].offset_step;
+        const int64_t y = low(axes[1], h) + line % axes[1].taps * axes[1].offset_step;
+        if (!inside(axes[0], z) || !inside(axes[1], y)) continue;
+        const int64_t x = axes[2].offset + k * axes[2].offset_step;
+        taps[count] = {x, z * strides.at[0] + y * strides.at[1] + x * strides.at[2]};
+        factors[count++] = packed + tap * kTileCols<T>;
+      }
+      const S* source = static_cast<const S*>(p.source) + image * phase.channels * source_pixels;
+      const Block row{{staged_axis(axes[0], d, 1), staged_axis(axes[1], h, 1), staged_axis(axes[2], 0, axes[2].count)},
+                      1};
+      const Finish<T, S> finish{phase, row, image * phase.channels * result_pixels, 0};
+      ChannelsTile<T, S>{phase, finish, taps, factors, count, plain}.row(source, interior, finish.offset(0, 0));
     }
   });
 }
 
-// sums[panel][taps][kTileCols] of the channels from `first`, over some of the blocks.
-template <class T, class S>
-void accumulate(const ConvGradWeight& p, const Cut& cut, int64_t first, int64_t block_begin, int64_t block_end,
-                T* sums) {
-  const ConvShape& s = p.shape;
-  const int64_t channels = s.groups * s.out_channels, taps = s.kernel[0] * s.kernel[1] * s.kernel[2];
-  const Strides x_strides = strides_of(s.channels_last, s.groups, s.in);
-  const Strides grad_strides = strides_of(s.channels_last, channels, s.out);
-  const int64_t given = at_most(cut.channels, channels - first);
-  std::memset(sums, 0, static_cast<size_t>(taps * cut.channels) * sizeof(T));
-  for (int64_t b = block_begin; b < block_end; ++b) {
-    const Block block = cut.block(b % cut.count());
-    const int64_t image = b / cut.count();
-    T* staged = static_cast<T*>(scratch(kStageSlot, (block.elements() + 1) * sizeof(T)));
-    T* staged_grad = static_cast<T*>(scratch(kGradSlot, block.pixels() * kTileCols<T> * sizeof(T)));
-    Run* runs = static_cast<Run*>(scratch(kRunSlot, (taps + 1) * sizeof(Run)));
-    const int64_t count = runs_of(block, cut.axes, runs);
-    stage(static_cast<const S*>(p.x) + image * s.groups * s.in[0] * s.in[1] * s.in[2] +
-              first / s.out_channels * x_strides.channel,
-          x_strides, cut.axes, block, {given, s.out_channels, first % s.out_channels}, staged);
-    const S* grad = static_cast<const S*>(p.grad) + image * channels * s.out[0] * s.out[1] * s.out[2];
-    T* to = sums;
-    for (int64_t c = 0; c < given; c += kTileCols<T>) {
-      stage_grad<T, kTileVectors>(grad + (first + c) * grad_strides.channel, grad_strides, block,
-                                  static_cast<int>(at_most(kTileCols<T>, given - c)), staged_grad);
-      int64_t offsets[kRows];
-      int waiting = 0;
-      const auto flush = [&] {
-        for (int r = waiting; r < kRows; ++r) offsets[r] = offsets[0];  // computed and dropped
-        weight_tile<T>(block.axes[1].count, block.axes[2].count, staged + c, block.axes[1].pull * block.stride(1),
-                       block.axes[2].pull * block.stride(2), offsets, waiting, staged_grad, to);
-        to += waiting * kTileCols<T>;
-        waiting = 0;
-      };
-      for (const Run* run = runs; run < runs + count; ++run) {
-        for (int64_t at = run->offset; at < run->offset + run->length; at += block.channels) {
-          offsets[waiting++] = at;
-          if (waiting == kRows) flush();
-        }
+// sums[given of kTapsTogether][kWeightVectors] += over a row of results, x at each tap times the gradient.
+template <class T, bool kWhole, class S>
+void channels_weight_row(const Axis& axis, const Interior& interior, const S* source, int64_t source_step,
+                         const S* grad, int64_t grad_step, const TapAt* taps, int given, int64_t columns, T* sums) {
+  constexpr int lanes = kLanes<T>;
+  const auto read = [&](const S* from, int v) {
+    return kWhole ? load(from + v * lanes) : load_partial(from + v * lanes, lanes_of<T>(columns, v));
+  };
+  Vec<T> sum[kTapsTogether][kWeightVectors];
+#pragma GCC unroll 16
+  for (int t = 0; t < kTapsTogether; ++t) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kWeightVectors; ++v) sum[t][v] = load(sums + (t * kWeightVectors + v) * lanes);
+  }
+  const S* at[kTapsTogether];
+  for (int t = 0; t < kTapsTogether; ++t) at[t] = source + taps[t < given ? t : 0].offset;
+  for (int64_t w = 0; w < axis.count; ++w, grad += grad_step) {
+    Vec<T> factor[kWeightVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kWeightVectors; ++v) factor[v] = read(grad, v);
+    const int64_t from = w * axis.pull * source_step;
+    if (w >= interior.begin && w < interior.end) {
+#pragma GCC unroll 16
+      for (int t = 0; t < kTapsTogether; ++t) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kWeightVectors; ++v) sum[t][v] = fma<T>(read(at[t] + from, v), factor[v], sum[t][v]);
       }
-      if (waiting > 0) flush();
+    } else {
+#pragma GCC unroll 16
+      for (int t = 0; t < kTapsTogether; ++t) {
+        if (t >= given || !inside(axis, taps[t].x + w * axis.pull)) continue;
+#pragma GCC unroll 4
+        for (int v = 0; v < kWeightVectors; ++v) sum[t][v] = fma<T>(read(at[t] + from, v), factor[v], sum[t][v]);
+      }
     }
+  }
+  for (int t = 0; t < given; ++t) {
+    for (int v = 0; v < kWeightVectors; ++v) store(sums + (t * kWeightVectors + v) * lanes, sum[t][v]);
   }
 }
 
 template <class T, class S>
-void grad_weight(const ConvGradWeight& p) {
+void grad_weight_channels(const ConvGradWeight& p) {
   const ConvShape& s = p.shape;
   const Axis axes[3] = {forward_axis(s, 0), forward_axis(s, 1), forward_axis(s, 2)};
-  const int64_t channels = s.groups * s.out_channels, taps = s.kernel[0] * s.kernel[1] * s.kernel[2];
-  const int64_t together = panels_together<T>(s, channels), threads = thread_count();
-  const int64_t sweeps = (panel_count<T>(channels) + together - 1) / together, size = together * taps * kTileCols<T>;
-  const bool empty = s.batch * s.out[0] * s.out[1] * s.out[2] == 0;
-  const Cut cut = empty ? Cut{axes, together * kTileCols<T>, {}, {}}
-                        : choose_cut<T>(axes, together * kTileCols<T>, s.batch * sweeps, kWeightPixels);
-  const int64_t blocks = s.batch * cut.count();
-  // Each chunk of the blocks has sums of its own, added in their order.
-  const int64_t chunks = sweeps >= threads || empty ? 1 : at_most(blocks, (threads + sweeps - 1) / sweeps);
-  T* sums = static_cast<T*>(scratch(kWeightSlot, sweeps * chunks * size * sizeof(T)));
-  const int64_t work = blocks * cut.size[1] * cut.size[2] * size / chunks + 1;
-  parallel(sweeps * chunks, kGrain / work + 1, [&](int64_t begin, int64_t end) {
+  constexpr int64_t width = kWeightVectors * kLanes<T>;
+  const int64_t channels = s.groups, taps = taps_of(axes), panels = (channels + width - 1) / width;
+  const int64_t rows = s.batch * axes[0].count * axes[1].count, threads = thread_count();
+  const Strides x = strides_of(true, channels, s.in), g = strides_of(true, channels, s.out);
+  const Interior interior(axes[2]);
+  // Each share of the rows has sums of its own, added in their order. A row's taps are summed kTapsTogether at a time;
+  // the room past the last is computed and dropped.
+  const int64_t shares = panels >= threads ? 1 : at_most(rows > 0 ? rows : 1, (threads + panels - 1) / panels);
+  const int64_t size = (taps + kTapsTogether) * width;
+  T* all = static_cast<T*>(scratch(kWeightSlot, panels * shares * size * sizeof(T)));
+  const int64_t work = rows / shares * axes[2].count * width * taps;
+  parallel(panels * shares, kGrain / (work + 1) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t chunk = i % chunks;
-      accumulate<T, S>(p, cut, i / chunks * cut.channels, blocks * chunk / chunks, blocks * (chunk + 1) / chunks,
-                       sums + i * size);
+      const int64_t share = i % shares, first = i / shares * width, columns = at_most(width, channels - first);
+      T* sums = all + i * size;
+      std::memset(sums, 0, static_cast<size_t>(size) * sizeof(T));
+      for (int64_t row = rows * share / shares; row < rows * (share + 1) / shares; ++row) {
+        const int64_t h = row % axes[1].count, d = row / axes[1].count % axes[0].count;
+        const int64_t image = row / axes[1].count / axes[0].count;
+        const S* source = static_cast<const S*>(p.x) + image * channels * s.in[0] * s.in[1] * s.in[2] + first;
+        const S* grad = static_cast<const S*>(p.grad) + image * channels * s.out[0] * s.out[1] * s.out[2] +
+                        d * g.at[0] + h * g.at[1] + first;
+        TapAt waiting[kTapsTogether];
+        int given = 0;
+        int64_t tap = 0, start = 0;
+        const auto flush = [&] {
+          if (given == 0) return;
+          T* to = sums + start * width;
+          if (columns == width) {
+            channels_weight_row<T, true>(axes[2], interior, source, x.at[2], grad, g.at[2], waiting, given, columns,
+                                         to);
+          } else {
+            channels_weight_row<T, false>(axes[2], interior, source, x.at[2], grad, g.at[2], waiting, given, columns,
+                                          to);
+          }
+          given = 0;
+        };
+        for (int64_t i = 0; i < axes[0].taps; ++i) {
+          const int64_t z = low(axes[0], d) + i * axes[0].offset_step;
+          for (int64_t j = 0; j < axes[1].taps; ++j) {
+            const int64_t y = low(axes[1], h) + j * axes[1].offset_step;
+            if (!inside(axes[0], z) || !inside(axes[1], y)) {
+              flush();  // taps that are summed together lie beside each other
+              tap += axes[2].taps;
+              continue;
+            }
+            for (int64_t k = 0; k < axes[2].taps; ++k, ++tap) {
+              if (given == 0) start = tap;
+              const int64_t at = axes[2].offset + k * axes[2].offset_step;
+              waiting[given++] = {at, z * x.at[0] + y * x.at[1] + at * x.at[2]};
+              if (given == kTapsTogether) flush();
+            }
+          }
+        }
+        flush();
+      }
     }
   });
   for (int64_t tap = 0; tap < taps; ++tap) {
     S* to = static_cast<S*>(p.grad_weight) + tap % s.kernel[2] * s.weight_strides[4] +
             tap / s.kernel[2] % s.kernel[1] * s.weight_strides[3] +
             tap / s.kernel[2] / s.kernel[1] * s.weight_strides[2];
-    for (int64_t k = 0; k < channels; ++k) {
-      const int64_t panel = k / kTileCols<T>;
-      const T* from = sums + panel / together * chunks * size + (panel % together * taps + tap) * kTileCols<T>;
+    for (int64_t c = 0; c < channels; ++c) {
+      const T* from = all + c / width * shares * size + tap * width + c % width;
       T total = 0;
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) total += from[chunk * size + k % kTileCols<T>];
-      to[k * s.weight_strides[0]] = from_float<S>(total);
+      for (int64_t share = 0; share < shares; ++share) total += from[share * size];
+      to[c * s.weight_strides[0]] = from_float<S>(total);
     }
   }
+}
+
+// --- lanes are pixels
+
+// Rows of results of one channel, and what they take of its source: staged [tap d][row][remainder][column], where a
+// column is `pull` positions of the source from the next.
+template <class T>
+struct Plane {
+  const Axis* axes;
+  int64_t count;  // rows of results
+  int64_t height, columns;
+
+  Plane(const Axis* axes, int64_t count)
+      : axes(axes),
+        count(count),
+        height(axes[1].taps > 0 ? (count - 1) * axes[1].pull + axes[1].span() + 1 : 0),
+        columns(round_up(axes[2].count, kLanes<T>) + (axes[2].taps > 0 ? axes[2].span() / axes[2].pull : 0) + 1) {}
+
+  int64_t line() const { return axes[2].pull * columns; }
+  int64_t size() const { return axes[0].taps * height * line(); }
+
+  // The taps' offsets, in their order.
+  void taps(int64_t* offsets) const {
+    for (int64_t d = 0; d < axes[0].taps; ++d) {
+      for (int64_t h = 0; h < axes[1].taps; ++h) {
+        for (int64_t w = 0; w < axes[2].taps; ++w) {
+          const int64_t at = w * axes[2].offset_step;
+          *offsets++ =
+              (d * height + h * axes[1].offset_step) * line() + at % axes[2].pull * columns + at / axes[2].pull;
+        }
+      }
+    }
+  }
+
+  // Stages the rows from h of the results at depth d: the source's part of them, or else the zeros around it.
+  template <class S>
+  void stage(const S* source, const Strides& strides, int64_t d, int64_t h, T* to) const {
+    const Axis& w = axes[2];
+    const int64_t step = w.pull * strides.at[2];
+    for (int64_t i = 0; i < axes[0].taps; ++i) {
+      const int64_t z = low(axes[0], d) + i * axes[0].offset_step;
+      for (int64_t j = 0; j < height; ++j) {
+        const int64_t y = low(axes[1], h) + j;
+        if (!inside(axes[0], z) || !inside(axes[1], y)) {
+          to += line();
+          continue;
+        }
+        for (int64_t remainder = 0; remainder < w.pull; ++remainder, to += columns) {
+          // Column c is position w.offset + remainder + c * pull.
+          const int64_t start = w.offset + remainder, begin = at_most(positive_ceil(-start, w.pull), columns);
+          const int64_t end = at_most(positive_ceil(w.extent - start, w.pull), columns);
+          const S* from = source + z * strides.at[0] + y * strides.at[1] + (start + begin * w.pull) * strides.at[2];
+          if (step == 1) {
+            if (begin < end) copy_converted<T>(from, end - begin, to + begin);
+          } else {
+            for (int64_t c = begin; c < end; ++c, from += step) to[c] = to_float(*from);
+          }
+        }
+      }
+    }
+  }
+};
+
+// Vectors of results, through the rows of a plane.
+template <class T>
+class Vectors {
+ public:
+  explicit Vectors(const Plane<T>& plane) : width_(plane.axes[2].count), line_(plane.axes[1].pull * plane.line()) {}
+
+  int64_t row = 0, column = 0;
+
+  int64_t at() const { return row * line_ + column; }
+  int lanes() const { return static_cast<int>(at_most(kLanes<T>, width_ - column)); }
+  void next() {
+    column += kLanes<T>;
+    if (column >= width_) ++row, column = 0;
+  }
+
+ private:
+  int64_t width_, line_;
+};
+
+// Rows of a plane: as many as stay near.
+template <class T>
+int64_t plane_rows(const Axis* axes, int64_t planes) {
+  int64_t rows = axes[1].count;
+  while (rows > 1 && Plane<T>(axes, rows).size() * planes * static_cast<int64_t>(sizeof(T)) > kPlaneBytes) {
+    rows = (rows + 1) / 2;
+  }
+  return rows;
+}
+
+// Channel k of the result takes the sources k / repeat * passes, the next, ... : `passes` of them.
+template <class T, class S>
+void gather_planes(const Phase& phase, int64_t repeat, int64_t passes) {
+  const ConvShape& s = phase.p.shape;
+  const Axis* axes = phase.axes;
+  const int64_t taps = phase.taps(), rows = plane_rows<T>(axes, passes);
+  const int64_t cuts = (axes[1].count + rows - 1) / rows;
+  const int64_t source_pixels = axes[0].extent * axes[1].extent * axes[2].extent;
+  const int64_t result_pixels = phase.result_sizes[0] * phase.result_sizes[1] * phase.result_sizes[2];
+  const int64_t step = axes[2].step * phase.result.at[2], work = rows * axes[2].count * passes * (taps + 1);
+  const S* given = static_cast<const S*>(phase.p.bias);
+  parallel(s.batch * phase.channels * axes[0].count * cuts, kGrain / work + 1, [&](int64_t begin, int64_t end) {
+    T* factors = static_cast<T*>(scratch(kGradSlot, (passes * taps + 1) * sizeof(T)));
+    int64_t* offsets = static_cast<int64_t*>(scratch(kRunSlot, (passes * taps + 1) * sizeof(int64_t)));
+    T* staged = static_cast<T*>(scratch(kStageSlot, (passes * Plane<T>(axes, rows).size() + 1) * sizeof(T)));
+    int64_t last = -1;
+    for (int64_t i = begin; i < end; ++i) {
+      // The rows of all channels and images one after the other: they are zero in the same places.
+      const int64_t piece = i / (s.batch * phase.channels), h = piece % cuts * rows, d = piece / cuts;
+      const int64_t image = i / phase.channels % s.batch, channel = i % phase.channels;
+      const Plane<T> plane(axes, at_most(rows, axes[1].count - h));
+      if (piece != last) {
+        std::memset(staged, 0, static_cast<size_t>(passes * plane.size()) * sizeof(T));
+        for (int64_t pass = 0; pass < passes; ++pass) {
+          plane.taps(offsets + pass * taps);
+          for (int64_t tap = 0; tap < taps; ++tap) offsets[pass * taps + tap] += pass * plane.size();
+        }
+        last = piece;
+      }
+      const S* source = static_cast<const S*>(phase.p.source) + image * phase.source_channels * source_pixels +
+                        channel / repeat * passes * phase.source.channel;
+      T* factor = factors;
+      for (int64_t pass = 0; pass < passes; ++pass) {
+        plane.stage(source + pass * phase.source.channel, phase.source, d, h, staged + pass * plane.size());
+        const S* weight = static_cast<const S*>(phase.p.weight) + (channel * passes + pass) * s.weight_strides[0];
+        for (int a = 0; a < 3; ++a) weight += axes[a].tap * s.weight_strides[2 + a];
+        for (int64_t z = 0; z < axes[0].taps; ++z) {
+          for (int64_t y = 0; y < axes[1].taps; ++y) {
+            for (int64_t x = 0; x < axes[2].taps; ++x) {
+              *factor++ = to_float(
+                  weight[z * axes[0].tap_step * s.weight_strides[2] + y * axes[1].tap_step * s.weight_strides[3] +
+                         x * axes[2].tap_step * s.weight_strides[4]]);
+            }
+          }
+        }
+      }
+      const Block block{
+          {staged_axis(axes[0], d, 1), staged_axis(axes[1], h, plane.count), staged_axis(axes[2], 0, axes[2].count)},
+          1};
+      const Finish<T, S> finish{phase, block, image * phase.channels * result_pixels + channel * phase.result.channel,
+                                0};
+      const Vec<T> bias = broadcast<T>(given ? T(to_float(given[channel])) : T(0));
+      const int64_t origin = finish.offset(0, 0), next_row = axes[1].step * phase.result.at[1];
+      for (Vectors<T> vector(plane); vector.row < plane.count;) {
+        const T* at[kResults];
+        int64_t to[kResults];
+        int lanes[kResults], n = 0;
+        for (; n < kResults && vector.row < plane.count; ++n, vector.next()) {
+          at[n] = staged + vector.at(), lanes[n] = vector.lanes();
+          to[n] = origin + vector.row * next_row + vector.column * step;
+        }
+        for (int r = n; r < kResults; ++r) at[r] = at[0];  // computed and dropped
+        Vec<T> sum[kResults];
+#pragma GCC unroll 8
+        for (int r = 0; r < kResults; ++r) sum[r] = bias;
+        for (int64_t t = 0; t < passes * taps; ++t) {
+          const Vec<T> weight = broadcast<T>(factors[t]);
+#pragma GCC unroll 8
+          for (int r = 0; r < kResults; ++r) sum[r] = fma<T>(load(at[r] + offsets[t]), weight, sum[r]);
+        }
+        for (int r = 0; r < n; ++r) finish.write(sum[r], to[r], lanes[r], step);
+      }
+    }
+  });
+}
+
+template <class T, class S>
+void grad_weight_planes(const ConvGradWeight& p) {
+  const ConvShape& s = p.shape;
+  const Axis axes[3] = {forward_axis(s, 0), forward_axis(s, 1), forward_axis(s, 2)};
+  const int64_t channels = s.groups * s.out_channels, taps = taps_of(axes), rows = plane_rows<T>(axes, 1);
+  const Strides x = strides_of(s.channels_last, s.groups, s.in), g = strides_of(s.channels_last, channels, s.out);
+  const int64_t room = round_up(taps, kTapsTogether), size = room * kLanes<T>;
+  T* all = static_cast<T*>(scratch(kWeightSlot, channels * size * sizeof(T)));
+  const int64_t work = s.batch * axes[0].count * axes[1].count * axes[2].count * taps;
+  parallel(channels, kGrain / (work + 1) + 1, [&](int64_t begin, int64_t end) {
+    int64_t* offsets = static_cast<int64_t*>(scratch(kRunSlot, (room + 1) * sizeof(int64_t)));
+    T* staged = static_cast<T*>(scratch(kStageSlot, (Plane<T>(axes, rows).size() + 1) * sizeof(T)));
+    std::memset(all + begin * size, 0, static_cast<size_t>((end - begin) * size) * sizeof(T));
+    for (int64_t d = 0; d < axes[0].count; ++d) {
+      for (int64_t h = 0; h < axes[1].count && s.batch > 0; h += rows) {
+        const Plane<T> plane(axes, at_most(rows, axes[1].count - h));
+        std::memset(staged, 0, static_cast<size_t>(plane.size()) * sizeof(T));
+        plane.taps(offsets);
+        for (int64_t tap = taps; tap < room; ++tap) offsets[tap] = offsets[0];  // computed and dropped
+        for (int64_t i = begin * s.batch; i < end * s.batch; ++i) {
+          const int64_t channel = i / s.batch, image = i % s.batch;
+          plane.stage(static_cast<const S*>(p.x) + image * s.groups * s.in[0] * s.in[1] * s.in[2] +
+                          channel / s.out_channels * x.channel,
+                      x, d, h, staged);
+          const S* grad = static_cast<const S*>(p.grad) + image * channels * s.out[0] * s.out[1] * s.out[2] +
+                          channel * g.channel + d * g.at[0] + h * g.at[1];
+          T* sums = all + channel * size;
+          for (int64_t tap = 0; tap < taps; tap += kTapsTogether) {
+            Vec<T> sum[kTapsTogether];
+#pragma GCC unroll 16
+            for (int t = 0; t < kTapsTogether; ++t) sum[t] = load(sums + (tap + t) * kLanes<T>);
+            for (Vectors<T> vector(plane); vector.row < plane.count; vector.next()) {
+              const int n = vector.lanes();
+              const T* at = staged + vector.at();
+              const Vec<T> factor = load_apart(grad + vector.row * g.at[1] + vector.column * g.at[2], n, g.at[2]);
+              if (n == kLanes<T>) {
+#pragma GCC unroll 16
+                for (int t = 0; t < kTapsTogether; ++t) sum[t] = fma<T>(load(at + offsets[tap + t]), factor, sum[t]);
+              } else {  // past the row's end lies what other taps take, infinite perhaps
+#pragma GCC unroll 16
+                for (int t = 0; t < kTapsTogether; ++t) {
+                  sum[t] = fma<T>(load_partial(at + offsets[tap + t], n), factor, sum[t]);
+                }
+              }
+            }
+#pragma GCC unroll 16
+            for (int t = 0; t < kTapsTogether; ++t) store(sums + (tap + t) * kLanes<T>, sum[t]);
+          }
+        }
+      }
+    }
+    for (int64_t channel = begin; channel < end; ++channel) {
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        S* to = static_cast<S*>(p.grad_weight) + channel * s.weight_strides[0] +
+                tap % s.kernel[2] * s.weight_strides[4] + tap / s.kernel[2] % s.kernel[1] * s.weight_strides[3] +
+                tap / s.kernel[2] / s.kernel[1] * s.weight_strides[2];
+        *to = from_float<S>(reduce_add<T>(load(all + channel * size + tap * kLanes<T>)));
+      }
+    }
+  });
 }
 
 }  // namespace
@@ -234,12 +543,19 @@ void grad_weight(const ConvGradWeight& p) {
 void depthwise_gather(const Phase& phase, int64_t repeat, int64_t passes) {
   Phase all = phase;  // groups at once
   all.source_channels *= phase.p.shape.groups, all.channels *= phase.p.shape.groups;
-  with_storage(phase.p.shape.dtype,
-               [&](auto kind) { gather<Compute<decltype(kind)>, decltype(kind)>(all, repeat, passes); });
+  with_storage(phase.p.shape.dtype, [&](auto kind) {
+    using S = decltype(kind);
+    if (phase.p.shape.channels_last && repeat == 1 && passes == 1) return gather_channels<Compute<S>, S>(all);
+    gather_planes<Compute<S>, S>(all, repeat, passes);
+  });
 }
 
 void depthwise_grad_weight(const ConvGradWeight& p) {
-  with_storage(p.shape.dtype, [&](auto kind) { grad_weight<Compute<decltype(kind)>, decltype(kind)>(p); });
+  with_storage(p.shape.dtype, [&](auto kind) {
+    using S = decltype(kind);
+    if (p.shape.channels_last && p.shape.out_channels == 1) return grad_weight_channels<Compute<S>, S>(p);
+    grad_weight_planes<Compute<S>, S>(p);
+  });
 }
 
 }  // namespace fastnets::FASTNETS_ISA

@@ -73,7 +73,7 @@ void accumulate(const Problem& problem, int64_t image, const Block& block, int64
   T* staged = static_cast<T*>(scratch(kStageSlot, (block.elements() + kTileRows) * sizeof(T)));
   stage(static_cast<const S*>(problem.p.x) + image * s.groups * s.in_channels * in_pixels +
             group * s.in_channels * problem.x.channel,
-        problem.x, problem.axes, block, {block.channels}, staged);
+        problem.x, problem.axes, block, block.channels, staged);
   Run* runs = static_cast<Run*>(scratch(kRunSlot, (problem.taps + 1) * sizeof(Run)));
   const int64_t count = runs_of(block, problem.axes, runs);
   const int64_t a_h = block.axes[1].pull * block.stride(1), a_w = block.axes[2].pull * block.stride(2);

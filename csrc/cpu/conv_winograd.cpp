@@ -232,7 +232,7 @@ struct Winograd {
                     group * depth * phase.source.channel;
     const Block block = strips.source(strip);
     T* staged = static_cast<T*>(scratch(kStageSlot, block.elements() * sizeof(T)));
-    stage(from, phase.source, phase.axes, block, {depth}, staged);
+    stage(from, phase.source, phase.axes, block, depth, staged);
     for (int64_t tile = 0; tile < strip.tiles; ++tile, to += depth_row) {
       for (int64_t c = 0; c < depth_row; c += kLanes<T>) {
         const T* at = staged + tile * kOut * block.stride(2) + c;
@@ -271,7 +271,8 @@ struct Winograd {
         phase, block, strip.image * s.groups * phase.channels * pixels + group * phase.channels * phase.result.channel,
         group * phase.channels};
     if (s.channels_last) {
-      finish.channels_last(first, vectors, sums);
+      Walk results = finish.results();
+      finish.channels_last(first, vectors, sums, block.pixels(), results);
     } else {
       finish.planes(first, vectors, sums);
     }

@@ -49,7 +49,7 @@ constexpr int kCombineThreads = 128;
 // How the work is dealt out to the blocks of the grid.
 struct Deal {
   int pack;    // query heads that share keys and values and a tile: its row r is query r / pack of head r % pack
-  int splits;  // blocks that share a tile's keys
+  int splits;  // blocks that share a tile's keys: the grid's y
   int64_t tiles;
   float* partial;      // [splits, rows of lse, dv]: each split's output; null where there is one
   float* partial_lse;  // [splits, rows of lse]
@@ -198,12 +198,9 @@ __global__ void __launch_bounds__(Shape<C, kWidth, use>::kThreads, 1)
   const int thread = threadIdx.x, warp = thread / 32;
   const int own = warp / S::kParts * S::kWarpRows, first_column = warp % S::kParts * kPartColumns;
 
-  // Which tile: the splits of a tile side by side, then the tiles of a head, whose keys and values stay in the cache.
-  int64_t unit = blockIdx.x;
-  const int split = static_cast<int>(unit % deal.splits);
-  unit /= deal.splits;
-  const int head = static_cast<int>(unit / deal.tiles) * deal.pack, kv_head = head / static_cast<int>(p.groups);
-  const Piece piece = piece_of(p.starts_q, p.lq * deal.pack, p.batch, S::kRows, unit % deal.tiles);
+  // Which tile: those of a head side by side, since its keys and values stay in the cache.
+  const int head = static_cast<int>(blockIdx.x / deal.tiles) * deal.pack, kv_head = head / static_cast<int>(p.groups);
+  const Piece piece = piece_of(p.starts_q, p.lq * deal.pack, p.batch, S::kRows, blockIdx.x % deal.tiles);
   if (piece.batch < 0) return;
   QueryTile tile{p, sequence_of(p, piece.batch), deal.pack, head, 0, 0};
   tile.rows = tile.s.lq * deal.pack;
@@ -214,8 +211,8 @@ __global__ void __launch_bounds__(Shape<C, kWidth, use>::kThreads, 1)
   // Which keys.
   const int first_block = tile.first_key(0) / S::kKeys;
   const int blocks = max((tile.last_key(0, S::kRows) + S::kKeys - 1) / S::kKeys - first_block, 0);
-  const int begin = first_block + static_cast<int>(int64_t{blocks} * split / deal.splits);
-  const int count = first_block + static_cast<int>(int64_t{blocks} * (split + 1) / deal.splits) - begin;
+  const int begin = first_block + static_cast<int>(int64_t{blocks} * blockIdx.y / gridDim.y);
+  const int count = first_block + static_cast<int>(int64_t{blocks} * (blockIdx.y + 1) / gridDim.y) - begin;
 
   const Queries queries(memory);
   const auto slot = [&](int step) { return Keys(memory + Queries::kBytes + step % S::kSlots * Keys::kBytes); };
@@ -334,7 +331,7 @@ __global__ void __launch_bounds__(Shape<C, kWidth, use>::kThreads, 1)
       out[r][block][2 * half] *= inverse;
       out[r][block][2 * half + 1] *= inverse;
     }
-    const int64_t at = tile.at_lse(row), partial = int64_t{split} * p.batch * p.heads * p.lq + at;
+    const int64_t at = tile.at_lse(row), partial = int64_t{blockIdx.y} * p.batch * p.heads * p.lq + at;
     if (thread % 4 == 0 && exists && first_column == 0) {
       store_global(deal.partial != nullptr ? deal.partial_lse + partial : static_cast<float*>(p.lse) + at, lse);
     }
@@ -392,16 +389,13 @@ __global__ void __launch_bounds__(Shape<C, kWidth, Use::kWeights>::kThreads, 1)
   using Keys = typename S::Keys;
   DYNAMIC_SHARED(memory);
   const int thread = threadIdx.x, warp = thread / 32, own = warp * 16;
-  int64_t unit = blockIdx.x;
-  const int split = static_cast<int>(unit % deal.splits);
-  unit /= deal.splits;
-  const int head = static_cast<int>(unit / deal.tiles), kv_head = head / static_cast<int>(p.groups);
-  const Piece piece = piece_of(nullptr, p.lq, p.batch, S::kRows, unit % deal.tiles);
+  const int head = static_cast<int>(blockIdx.x / deal.tiles), kv_head = head / static_cast<int>(p.groups);
+  const Piece piece = piece_of(nullptr, p.lq, p.batch, S::kRows, blockIdx.x % deal.tiles);
   const QueryTile tile{p, sequence_of(p, piece.batch), 1, head, piece.tile * S::kRows, static_cast<int>(p.lq)};
   const Sequence& s = tile.s;
   const int blocks = (s.lk + S::kKeys - 1) / S::kKeys;
-  const int begin = static_cast<int>(int64_t{blocks} * split / deal.splits);
-  const int count = static_cast<int>(int64_t{blocks} * (split + 1) / deal.splits) - begin;
+  const int begin = static_cast<int>(int64_t{blocks} * blockIdx.y / gridDim.y);
+  const int count = static_cast<int>(int64_t{blocks} * (blockIdx.y + 1) / gridDim.y) - begin;
 
   const Queries queries(memory);
   const auto slot = [&](int n) { return Keys(memory + Queries::kBytes + n % S::kSlots * Keys::kBytes); };
@@ -487,7 +481,7 @@ template <class C, int kWidth>
 struct Dealing {
   Use use;
   Deal deal{};
-  int64_t blocks;
+  int64_t blocks;  // the grid's x
 
   explicit Dealing(const AttentionForward& p) {
     using Plain = Shape<C, kWidth, Use::kPlain>;
@@ -502,7 +496,6 @@ struct Dealing {
     deal.tiles = tiles_of(p.starts_q, p.lq * deal.pack, p.batch, rows);
     blocks = deal.tiles * (p.heads / deal.pack);
     deal.splits = p.starts_q == nullptr ? splits_of(blocks, p.lk, General::kKeys) : 1;
-    blocks *= deal.splits;
   }
 
   int64_t partial_rows(const AttentionForward& p) const {
@@ -528,8 +521,8 @@ void with_dealing(const AttentionForward& p, F&& f) {
 template <class C, int kWidth, Use use>
 void launch_forward(const AttentionForward& p, const Plan& plan, const Deal& deal, int64_t blocks, Stream stream) {
   using S = Shape<C, kWidth, use>;
-  launch({"attention_forward", blocks_of(blocks), S::kThreads, stream, S::kShared}, forward<C, kWidth, use>, p, plan,
-         deal);
+  const dim3 grid(blocks_of(blocks), deal.splits);
+  launch({"attention_forward", grid, S::kThreads, stream, S::kShared}, forward<C, kWidth, use>, p, plan, deal);
 }
 
 }  // namespace
@@ -577,8 +570,8 @@ void attention_weights(const AttentionWeights& p, Stream stream) {
       Deal deal{};
       deal.tiles = tiles_of(nullptr, p.lq, p.batch, S::kRows);
       deal.splits = splits_of(deal.tiles * p.heads, p.lk, S::kKeys);
-      launch({"attention_weights", blocks_of(deal.tiles * p.heads * deal.splits), S::kThreads, stream, S::kShared},
-             weights<C, kWidth>, p, plan, deal);
+      const dim3 grid(blocks_of(deal.tiles * p.heads), deal.splits);
+      launch({"attention_weights", grid, S::kThreads, stream, S::kShared}, weights<C, kWidth>, p, plan, deal);
     });
   });
 }

@@ -15,7 +15,6 @@ import torch
 
 from . import _library
 from .kernels import registry
-from .reference.recurrent import CELLS
 
 __all__ = ["BACKENDS", "Case", "Implementation", "Unsupported", "backend", "recording", "select", "why_missing"]
 
@@ -112,9 +111,6 @@ def _cuda_supports(case: Case) -> str | None:
 def _triton_supports(case: Case) -> str | None:
     if registry.missing is not None:
         return registry.missing
-    variants = case.options - set(CELLS) if case.family == "recurrent" else ()
-    if variants:
-        return f"the Triton kernels have no {', '.join(sorted(variants))}"
     if case.device == "cpu":  # asked only when forced, by tests
         return registry.interpreter_missing or _kernels_objection(case)
     if case.device != "cuda":

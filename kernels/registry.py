@@ -27,7 +27,7 @@ _MODULES = {
     "conv_grad_weight": "conv",
     "conv_grad_epilogue": "conv",
     "recurrent_forward": "recurrent",
-    "recurrent_backward": "recurrent",
+    "recurrent_backward": "recurrent_backward",
 }
 """Operator -> the module that has it, as a function of its name."""
 

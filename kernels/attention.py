@@ -5,6 +5,9 @@ and window: of those in between, the ones that every query sees whole are worked
 the keys between programs, whose results a second kernel joins.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -12,6 +15,7 @@ from torch import Tensor
 from triton.language.extra import libdevice
 
 from ._launch import architecture, launch, precision, processors
+from .tuning import tuned
 
 _LOG2_E = 1.4426950408889634
 _FAR = 2**30 - 1  # more than any length
@@ -69,15 +73,21 @@ def window_of(lq, lk, left, right, offset, BOTTOM_RIGHT: tl.constexpr):
     return offset - left, offset + right + 1, offset
 
 
+# What the functions below pass on, as tuples:
+# place: queries i [M], the lengths of both, and as window_of has them lower, upper and offset;
+# scoring: the products' factor, the soft cap, the mask with its strides or None, ALiBi's slope;
+# dropping: the seed or None, batch, head, and the threshold of what is kept.
+
+
 @triton.jit
 def scores_of(
     products,  # [M, N] of queries i and keys j
-    i, j, lq, lk, lower, upper, offset, factor, cap,
-    mask_ptr, mask_i, mask_j,
-    slope,
+    j, place, scoring,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
     """Products become scores; -inf where a query does not see a key. Unbounded tiles lie within every bound of keys."""
+    i, lq, lk, lower, upper, offset = place
+    factor, cap, mask_ptr, mask_i, mask_j, slope = scoring
     s = products * factor
     if SOFTCAP:
         s = cap * libdevice.tanh(s)
@@ -101,8 +111,9 @@ def scores_of(
 
 
 @triton.jit
-def kept(seed_ptr, batch, head, i, start, threshold, N: tl.constexpr):
+def kept(dropping, i, start, N: tl.constexpr):
     """Which weights of queries i and N keys from `start`, a multiple of N, dropout keeps; as the reference's _kept."""
+    seed_ptr, batch, head, threshold = dropping
     seed = tl.load(seed_ptr).to(tl.uint64) | (tl.load(seed_ptr + 1).to(tl.uint64) << 32)
     M: tl.constexpr = i.shape[0]
     COUNTERS: tl.constexpr = N // 4 if N >= 64 else 16  # 16 for 64 keys, each of 4 words
@@ -150,24 +161,45 @@ def visible_keys(first, SIZE: tl.constexpr, lq, lk, lower, upper, N: tl.constexp
 
 
 @triton.jit
+def row_products(
+    held, side, other, first,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, WHOLE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """[M, N]: rows times other rows, N from `first`, in chunks of columns where CHUNK is less than D.
+
+    held: the rows [M, D] themselves, of which chunks make no use; side: their pointer, stride, first row, number and
+    columns; other: pointer, stride and number of the others.
+    """
+    a_ptr, a_row, a_first, a_rows, width = side
+    b_ptr, b_row, b_rows = other
+    if CHUNK == D:
+        b = load_rows(b_ptr, b_row, first, b_rows, width, N, D, WHOLE)
+        products = tl.dot(held, tl.trans(b), input_precision=PRECISION)
+    else:
+        products = tl.zeros((M, N), tl.float32)
+        for c in range(0, D, CHUNK):
+            a = load_rows(a_ptr + c, a_row, a_first, a_rows, width - c, M, CHUNK, False)
+            b = load_rows(b_ptr + c, b_row, first, b_rows, width - c, N, CHUNK, WHOLE)
+            products = tl.dot(a, tl.trans(b), products, input_precision=PRECISION)
+    return products
+
+
+@triton.jit
 def _forward_tiles(
-    acc, largest, total,
-    q, k_ptr, v_ptr, k_row, v_row, begin, end,
-    i, lq, lk, d, dv, lower, upper, offset, factor, cap, mask_ptr, mask_i, mask_j, slope,
-    seed_ptr, batch, head, threshold,
-    N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr,
+    acc, largest, total, q, begin, end,
+    q_side, k_side, v_ptr, v_row, dv, place, scoring, dropping,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     BOUNDED: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys [begin, end), in tiles of N, to what a tile of queries has seen."""
+    i, lk = place[0], place[2]
     for start in range(begin, end, N):
         start = tl.multiple_of(start, N)
-        k = load_rows(k_ptr, k_row, start, lk, d, N, D, not BOUNDED)
-        products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        s = scores_of(
-            products, i, start + tl.arange(0, N), lq, lk, lower, upper, offset, factor, cap,
-            mask_ptr, mask_i, mask_j, slope, SOFTCAP, ALIBI, LEFT, RIGHT, BOUNDED,
-        )  # fmt: skip
+        products = row_products(q, q_side, k_side, start, M, N, D, CHUNK, not BOUNDED, PRECISION)
+        j = start + tl.arange(0, N)
+        s = scores_of(products, j, place, scoring, SOFTCAP, ALIBI, LEFT, RIGHT, BOUNDED)
         former = largest
         largest = tl.maximum(former, tl.max(s, 1))
         finite = tl.where(largest == float("-inf"), 0.0, largest)
@@ -175,7 +207,7 @@ def _forward_tiles(
         p = tl.exp2(s - finite[:, None])
         total = total * shrink + tl.sum(p, 1)
         if DROPOUT:
-            p = tl.where(kept(seed_ptr, batch, head, i, start, threshold, N), p, 0.0)
+            p = tl.where(kept(dropping, i, start, N), p, 0.0)
         v = load_rows(v_ptr, v_row, start, lk, dv, N, DV, not BOUNDED)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
     return acc, largest, total
@@ -193,7 +225,7 @@ def attention_forward_kernel(
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row,
     mask_batch, mask_head, mask_i, mask_j, slopes_batch, slopes_head,
     heads, groups, lq, lk, d, dv, left, right, offset, factor, cap, threshold, keep_factor, parts, lse_part,
-    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
     SOFTCAP: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     batch, head, first = place_of(tl.program_id(0), map_ptr, lq, M, heads)
@@ -216,7 +248,8 @@ def attention_forward_kernel(
     DROPOUT: tl.constexpr = seed_ptr is not None
 
     i = first + tl.arange(0, M)
-    q = load_rows(q_ptr, q_row, first, length_q, d, M, D, False)
+    q_side, k_side = (q_ptr, q_row, first, length_q, d), (k_ptr, k_row, length_k)
+    q = load_rows(q_ptr, q_row, first, length_q, d, M, CHUNK, False)  # used where it is whole
     acc = tl.zeros((M, DV), tl.float32)
     largest = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
@@ -228,24 +261,21 @@ def attention_forward_kernel(
         end = tl.minimum(end, begin + each)
     full = tl.minimum(tl.maximum(full, begin), tl.maximum(begin, tl.cdiv(end, N) * N))
     stop = tl.maximum(tl.minimum(stop, end // N * N), full)
+    place = (i, length_q, length_k, lower, upper, offset)
+    scoring = (factor, cap, mask_ptr, mask_i, mask_j, slope)
+    dropping = (seed_ptr, batch, head, threshold)
     if LEFT:
         acc, largest, total = _forward_tiles(
-            acc, largest, total, q, k_ptr, v_ptr, k_row, v_row, begin, tl.minimum(full, end),
-            i, length_q, length_k, d, dv, lower, upper, offset, factor, cap, mask_ptr, mask_i, mask_j, slope,
-            seed_ptr, batch, head, threshold,
-            N, D, DV, PRECISION, SOFTCAP, ALIBI, DROPOUT, LEFT, RIGHT, True,
+            acc, largest, total, q, begin, tl.minimum(full, end), q_side, k_side, v_ptr, v_row, dv, place, scoring,
+            dropping, M, N, D, DV, CHUNK, PRECISION, SOFTCAP, ALIBI, DROPOUT, LEFT, RIGHT, True,
         )  # fmt: skip
     acc, largest, total = _forward_tiles(
-        acc, largest, total, q, k_ptr, v_ptr, k_row, v_row, full, stop,
-        i, length_q, length_k, d, dv, lower, upper, offset, factor, cap, mask_ptr, mask_i, mask_j, slope,
-        seed_ptr, batch, head, threshold,
-        N, D, DV, PRECISION, SOFTCAP, ALIBI, DROPOUT, LEFT, RIGHT, False,
+        acc, largest, total, q, full, stop, q_side, k_side, v_ptr, v_row, dv, place, scoring,
+        dropping, M, N, D, DV, CHUNK, PRECISION, SOFTCAP, ALIBI, DROPOUT, LEFT, RIGHT, False,
     )  # fmt: skip
     acc, largest, total = _forward_tiles(
-        acc, largest, total, q, k_ptr, v_ptr, k_row, v_row, stop, end,
-        i, length_q, length_k, d, dv, lower, upper, offset, factor, cap, mask_ptr, mask_i, mask_j, slope,
-        seed_ptr, batch, head, threshold,
-        N, D, DV, PRECISION, SOFTCAP, ALIBI, DROPOUT, LEFT, RIGHT, True,
+        acc, largest, total, q, stop, end, q_side, k_side, v_ptr, v_row, dv, place, scoring,
+        dropping, M, N, D, DV, CHUNK, PRECISION, SOFTCAP, ALIBI, DROPOUT, LEFT, RIGHT, True,
     )  # fmt: skip
 
     empty = total == 0.0
@@ -302,7 +332,7 @@ def attention_weights_kernel(
     q_batch, q_head, q_row, k_batch, k_head, k_row,
     mask_batch, mask_head, mask_i, mask_j, slopes_batch, slopes_head,
     heads, groups, lq, lk, d, left, right, offset, factor, cap, threshold, keep_factor,
-    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
     SOFTCAP: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
 ):  # fmt: skip
     tiles_k = tl.cdiv(lk, N)
@@ -316,17 +346,19 @@ def attention_weights_kernel(
     if slopes_ptr is not None:
         slope = tl.load(slopes_ptr + batch * slopes_batch + head * slopes_head) * LOG2_E
     i, j = first + tl.arange(0, M), start + tl.arange(0, N)
-    q = load_rows(q_ptr + memory * q_batch + wide * q_head, q_row, first, lq, d, M, D, False)
-    k = load_rows(k_ptr + memory * k_batch + (wide // groups) * k_head, k_row, start, lk, d, N, D, False)
-    s = scores_of(
-        tl.dot(q, tl.trans(k), input_precision=PRECISION), i, j, lq, lk, lower, upper, offset, factor, cap,
-        mask_ptr, mask_i, mask_j, slope, SOFTCAP, slopes_ptr is not None, LEFT, RIGHT, True,
-    )  # fmt: skip
+    q_ptr += memory * q_batch + wide * q_head
+    q = load_rows(q_ptr, q_row, first, lq, d, M, CHUNK, False)
+    k_side = (k_ptr + memory * k_batch + (wide // groups) * k_head, k_row, lk)
+    products = row_products(q, (q_ptr, q_row, first, lq, d), k_side, start, M, N, D, CHUNK, False, PRECISION)
+    place = (i, lq, lk, lower, upper, offset)
+    scoring = (factor, cap, mask_ptr, mask_i, mask_j, slope)
+    s = scores_of(products, j, place, scoring, SOFTCAP, slopes_ptr is not None, LEFT, RIGHT, True)
     rows = (memory * heads + wide) * lq + i
     lse = tl.load(lse_ptr + rows, mask=i < lq, other=0.0)
     p = tl.exp2(s - tl.where(lse == float("-inf"), 0.0, lse)[:, None])
     if seed_ptr is not None:
-        p = tl.where(kept(seed_ptr, batch, head, i, start, threshold, N), p * keep_factor, 0.0)
+        dropping = (seed_ptr, batch, head, threshold)
+        p = tl.where(kept(dropping, i, start, N), p * keep_factor, 0.0)
     inside = (i < lq)[:, None] & (j < lk)[None, :]
     tl.store(weights_ptr + rows[:, None] * lk + j[None, :], p.to(weights_ptr.dtype.element_ty), mask=inside)
 
@@ -385,15 +417,25 @@ def width_of(columns: int) -> int:
     return max(16, triton.next_power_of_2(columns))
 
 
+def chunk_of(columns: int, like: Tensor) -> int:
+    """How many columns of rows are multiplied at once: float32's wide rows, in two parts in TF32, fill registers."""
+    width = width_of(columns)
+    return min(width, 32) if like.element_size() == 4 and width > 64 else width
+
+
 def is_general(options: dict) -> bool:
     """Whether scores are more than scaled products, bounds aside."""
     return options["SOFTCAP"] or any(options[name] is not None for name in ("mask_ptr", "slopes_ptr", "seed_ptr"))
 
 
-def tile_of(table: dict, like: Tensor, width: int, options: dict) -> dict[str, int]:
-    """The tile's constants, by one of the tables."""
+def with_tile(table: dict, like: Tensor, width: int, options: dict, name: str, run: Callable[[dict], Any]) -> None:
+    """run(the tile's constants), by one of the tables."""
     m, n, warps, stages = table[architecture(like)][like.element_size()][max(64, width)][is_general(options)]
-    return {"M": m, "N": n, "num_warps": warps, "num_stages": stages}
+    tile = {"M": m, "N": n, "num_warps": warps, "num_stages": stages}
+    there = tuple(options[name] is not None for name in ("mask_ptr", "slopes_ptr", "seed_ptr"))
+    flags = tuple(options[name] for name in ("SOFTCAP", "LEFT", "RIGHT", "PRECISION"))
+    sizes = like.size(0) * options["heads"], options["lq"], options["lk"]
+    run(tuned(f"attention_{name}", like, sizes, (width, *there, *flags), tile, run))
 
 
 def map_of(starts: Tensor | None, rows: int, batch: int, size: int) -> tuple[Tensor | None, int]:
@@ -431,58 +473,62 @@ def attention_forward(
     options = options_of(q, k, mask, slopes, seed, scale, softcap, left, right, offset, dropout, tf32)
     sequences = batch if starts_q is None else starts_q.numel() - 1
     width = max(width_of(q.size(3)), width_of(dv))
-    tile = tile_of(_TILES, q, width, options)
-    if lq <= _FEW:
-        tile |= {"M": _FEW, "num_warps": 4}
-    map_, tiles = map_of(starts_q, lq, sequences, tile["M"])
-    programs = tiles * heads
-    parts = 1
-    if starts_q is None and 2 * programs <= processors(q):  # the rest of the multiprocessors would have nothing to do
-        parts = max(1, min(2 * processors(q) // programs, triton.cdiv(k.size(2), 2 * tile["N"])))
-    split = parts > 1
-    target, target_lse = out, lse
-    if split:
-        target = q.new_empty((parts, batch, heads, lq, dv), dtype=torch.float32)
-        target_lse = lse.new_empty((parts, *lse.shape))
-    launch(
-        attention_forward_kernel,
-        (programs, parts),
-        q,
-        v_ptr=v,
-        out_ptr=target,
-        lse_ptr=target_lse,
-        starts_q_ptr=starts_q,
-        starts_k_ptr=starts_k,
-        map_ptr=map_,
-        **_strides(v, "v"),
-        **_strides(target[0] if split else target, "out"),
-        dv=dv,
-        parts=parts,
-        lse_part=lse.numel(),
-        D=width_of(q.size(3)),
-        DV=width_of(dv),
-        SPLIT=split,
-        **options,
-        **tile,
-    )
-    if split:
+
+    def run(tile: dict) -> None:
+        if lq <= _FEW:
+            tile = {**tile, "M": _FEW, "num_warps": 4}
+        map_, tiles = map_of(starts_q, lq, sequences, tile["M"])
+        programs = tiles * heads
+        parts = 1
+        if starts_q is None and 2 * programs <= processors(q):  # else multiprocessors would have nothing to do
+            parts = max(1, min(2 * processors(q) // programs, triton.cdiv(k.size(2), 2 * tile["N"])))
+        split = parts > 1
+        target, target_lse = out, lse
+        if split:
+            target = q.new_empty((parts, batch, heads, lq, dv), dtype=torch.float32)
+            target_lse = lse.new_empty((parts, *lse.shape))
         launch(
-            attention_join_kernel,
-            (triton.cdiv(lse.numel(), 16),),
+            attention_forward_kernel,
+            (programs, parts),
             q,
-            parts_ptr=target,
-            parts_lse_ptr=target_lse,
-            out_ptr=out,
-            lse_ptr=lse,
-            **_strides(out, "out"),
-            heads=heads,
-            lq=lq,
-            rows=lse.numel(),
+            v_ptr=v,
+            out_ptr=target,
+            lse_ptr=target_lse,
+            starts_q_ptr=starts_q,
+            starts_k_ptr=starts_k,
+            map_ptr=map_,
+            **_strides(v, "v"),
+            **_strides(target[0] if split else target, "out"),
             dv=dv,
             parts=parts,
-            ROWS=16,
+            lse_part=lse.numel(),
+            D=width_of(q.size(3)),
+            CHUNK=chunk_of(q.size(3), q),
             DV=width_of(dv),
+            SPLIT=split,
+            **options,
+            **tile,
         )
+        if split:
+            launch(
+                attention_join_kernel,
+                (triton.cdiv(lse.numel(), 16),),
+                q,
+                parts_ptr=target,
+                parts_lse_ptr=target_lse,
+                out_ptr=out,
+                lse_ptr=lse,
+                **_strides(out, "out"),
+                heads=heads,
+                lq=lq,
+                rows=lse.numel(),
+                dv=dv,
+                parts=parts,
+                ROWS=16,
+                DV=width_of(dv),
+            )
+
+    with_tile(_TILES, q, width, options, "forward", run)
     return out, lse
 
 
@@ -494,6 +540,6 @@ def attention_weights(q, k, lse, mask, slopes, seed, scale, softcap, left, right
     options = options_of(q, k, mask, slopes, seed, scale, softcap, left, right, offset, dropout, tf32)
     tile = {"M": 64, "N": 64, "num_warps": 4, "num_stages": 1}
     tiles = q.size(0) * q.size(1) * triton.cdiv(q.size(2), 64) * triton.cdiv(k.size(2), 64)
-    width = width_of(q.size(3))
-    launch(attention_weights_kernel, (tiles,), q, lse_ptr=lse, weights_ptr=weights, D=width, **options, **tile)
+    width = {"D": width_of(q.size(3)), "CHUNK": chunk_of(q.size(3), q)}
+    launch(attention_weights_kernel, (tiles,), q, lse_ptr=lse, weights_ptr=weights, **width, **options, **tile)
     return weights

@@ -15,18 +15,20 @@ from ._launch import launch, processors
 from .attention import (
     LOG2_E,
     _strides,
+    chunk_of,
     kept,
     like_rows,
     load_rows,
     map_of,
     options_of,
     place_of,
+    row_products,
     rows_of,
     scores_of,
-    tile_of,
     visible_keys,
     width_of,
     window_of,
+    with_tile,
 )
 
 # Of the kernel for k and v, and of the one for q; as attention.py's.
@@ -86,24 +88,22 @@ def attention_delta_kernel(
 def gradients_of(
     products, grad_weights,  # [M, N]: q k^T and grad_out v^T
     lse, delta,  # [M]
-    i, start, lq, lk, lower, upper, offset, factor, cap, mask_ptr, mask_i, mask_j, slope,
-    grad_weights_ptr, seed_ptr, batch, head, threshold, keep_factor,
+    start, place, scoring, dropping, grad_weights_ptr, keep_factor,  # attention.py has the tuples
     N: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     BOUNDED: tl.constexpr, OF_MASK: tl.constexpr,
 ):  # fmt: skip
     """The weights that multiply v, and the gradient in the products (less the scale) or, OF_MASK, in the mask."""
     j = start + tl.arange(0, N)
-    s = scores_of(
-        products, i, j, lq, lk, lower, upper, offset, factor, cap,
-        mask_ptr, mask_i, mask_j, slope, SOFTCAP, ALIBI, LEFT, RIGHT, BOUNDED,
-    )  # fmt: skip
+    i, lq, lk, _, _, _ = place
+    factor, seed_ptr = scoring[0], dropping[0]
+    s = scores_of(products, j, place, scoring, SOFTCAP, ALIBI, LEFT, RIGHT, BOUNDED)
     p = tl.exp2(s - tl.where(lse == float("-inf"), 0.0, lse)[:, None])
     weights = p
     if grad_weights_ptr is not None:
         at = grad_weights_ptr + i.to(tl.int64)[:, None] * lk + j[None, :]
         grad_weights += tl.load(at, mask=(i < lq)[:, None] & (j < lk)[None, :], other=0.0).to(tl.float32)
     if seed_ptr is not None:
-        keep = kept(seed_ptr, batch, head, i, start, threshold, N)
+        keep = kept(dropping, i, start, N)
         weights = tl.where(keep, p * keep_factor, 0.0)
         grad_weights = tl.where(keep, grad_weights * keep_factor, 0.0)
     gradient = p * (grad_weights - delta[:, None])
@@ -115,14 +115,21 @@ def gradients_of(
 
 @triton.jit
 def _keys_tiles(
-    grad_k, grad_v, k, v,
-    q_ptr, grad_out_ptr, lse_ptr, delta_ptr, q_row, grad_row, begin, end, start,
-    lq, lk, d, dv, lower, upper, offset, factor, cap, mask_ptr, mask_i, mask_j, slope,
-    grad_weights_ptr, seed_ptr, batch, head, threshold, keep_factor,
-    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOUNDED: tl.constexpr,
+    grad_k, grad_v, k, v, begin, end, start, queries, keys, columns, bounds, scoring, dropping, grad_weights_ptr,
+    keep_factor,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, CHUNK: tl.constexpr, CHUNK_V: tl.constexpr,
+    PRECISION: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    BOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """Adds the queries [begin, end) of one head, in tiles of M, to the gradients of a tile of keys."""
+    """Adds the queries [begin, end) of one head, in tiles of M, to the gradients of a tile of keys.
+
+    queries: q, grad_out, lse, delta and the strides of the first two; keys: k and v with their strides; bounds: place's
+    but for i.
+    """
+    q_ptr, grad_out_ptr, lse_ptr, delta_ptr, q_row, grad_row = queries
+    k_ptr, v_ptr, k_row, v_row = keys
+    d, dv = columns
+    lq, lk, lower, upper, offset = bounds
     for first in range(begin, end, M):
         first = tl.multiple_of(first, M)
         i = first + tl.arange(0, M)
@@ -130,14 +137,23 @@ def _keys_tiles(
         grad_out = load_rows(grad_out_ptr, grad_row, first, lq, dv, M, DV, False)
         lse = tl.load(lse_ptr + i, mask=i < lq, other=float("inf"))  # rows that do not exist weigh nothing
         delta = tl.load(delta_ptr + i, mask=i < lq, other=0.0)
+        q_side, grad_side = (q_ptr, q_row, first, lq, d), (grad_out_ptr, grad_row, first, lq, dv)
+        if CHUNK == D:
+            products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        else:
+            products = row_products(q, q_side, (k_ptr, k_row, lk), start, M, N, D, CHUNK, False, PRECISION)
+        if CHUNK_V == DV:
+            grad_weights = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
+        else:
+            grad_weights = row_products(
+                grad_out, grad_side, (v_ptr, v_row, lk), start, M, N, DV, CHUNK_V, False, PRECISION
+            )
         weights, gradient = gradients_of(
-            tl.dot(q, tl.trans(k), input_precision=PRECISION), tl.dot(grad_out, tl.trans(v), input_precision=PRECISION),
-            lse, delta, i, start, lq, lk, lower, upper, offset, factor, cap, mask_ptr, mask_i, mask_j, slope,
-            grad_weights_ptr, seed_ptr, batch, head, threshold, keep_factor,
-            N, SOFTCAP, ALIBI, LEFT, RIGHT, BOUNDED, False,
+            products, grad_weights, lse, delta, start, (i, lq, lk, lower, upper, offset), scoring, dropping,
+            grad_weights_ptr, keep_factor, N, SOFTCAP, ALIBI, LEFT, RIGHT, BOUNDED, False,
         )  # fmt: skip
-        grad_v = tl.dot(tl.trans(weights.to(k.dtype)), grad_out, grad_v, input_precision=PRECISION)
-        grad_k = tl.dot(tl.trans(gradient.to(k.dtype)), q, grad_k, input_precision=PRECISION)
+        grad_v = tl.dot(tl.trans(weights.to(q.dtype)), grad_out, grad_v, input_precision=PRECISION)
+        grad_k = tl.dot(tl.trans(gradient.to(q.dtype)), q, grad_k, input_precision=PRECISION)
     return grad_k, grad_v
 
 
@@ -152,8 +168,8 @@ def attention_backward_keys_kernel(
     gk_batch, gk_head, gk_row, gv_batch, gv_head, gv_row,
     mask_batch, mask_head, mask_i, mask_j, slopes_batch, slopes_head,
     heads, groups, lq, lk, d, dv, left, right, offset, scale, factor, cap, threshold, keep_factor,
-    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr,
-    SOFTCAP: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, CHUNK: tl.constexpr, CHUNK_V: tl.constexpr,
+    PRECISION: tl.constexpr, SOFTCAP: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
 ):  # fmt: skip
     batch, kv_head, start = place_of(tl.program_id(0), map_ptr, lk, N, heads // groups)
     if batch < 0:
@@ -164,8 +180,11 @@ def attention_backward_keys_kernel(
     lower, upper, offset = window_of(length_q, length_k, left, right, offset, BOTTOM_RIGHT)
     memory = batch.to(tl.int64) if starts_q_ptr is None else batch.to(tl.int64) * 0
     row_q, row_k = begin_q.to(tl.int64), begin_k.to(tl.int64)
-    k = load_rows(k_ptr + memory * k_batch + kv_head * k_head + row_k * k_row, k_row, start, length_k, d, N, D, False)
-    v = load_rows(v_ptr + memory * v_batch + kv_head * v_head + row_k * v_row, v_row, start, length_k, dv, N, DV, False)
+    k_ptr += memory * k_batch + kv_head * k_head + row_k * k_row
+    v_ptr += memory * v_batch + kv_head * v_head + row_k * v_row
+    k = load_rows(k_ptr, k_row, start, length_k, d, N, CHUNK, False)  # used where they are whole
+    v = load_rows(v_ptr, v_row, start, length_k, dv, N, CHUNK_V, False)
+    keys, columns, bounds = (k_ptr, v_ptr, k_row, v_row), (d, dv), (length_q, length_k, lower, upper, offset)
 
     last = tl.minimum(start + N, length_k) - 1
     begin, end = length_q * 0, length_q
@@ -190,31 +209,29 @@ def attention_backward_keys_kernel(
             slope = tl.load(slopes_ptr + batch * slopes_batch + head * slopes_head) * LOG2_E
         q_base = q_ptr + memory * q_batch + wide * q_head + row_q * q_row
         grad_base = grad_out_ptr + memory * grad_batch + wide * grad_head + row_q * grad_row
-        mask_base = mask_ptr
-        if mask_ptr is not None:
-            mask_base = mask_ptr + memory * mask_batch + wide * mask_head
         weights_base = grad_weights_ptr
         if grad_weights_ptr is not None:
             weights_base = grad_weights_ptr + rows * lk
+        queries = (q_base, grad_base, lse_ptr + rows, delta_ptr + rows, q_row, grad_row)
+        mask_at = memory * mask_batch + wide * mask_head
+        scoring = (factor, cap, None if mask_ptr is None else mask_ptr + mask_at, mask_i, mask_j, slope)
+        dropping = (seed_ptr, batch, head, threshold)
         if RIGHT:
             grad_k, grad_v = _keys_tiles(
-                grad_k, grad_v, k, v, q_base, grad_base, lse_ptr + rows, delta_ptr + rows, q_row, grad_row,
-                begin, tl.minimum(full, end), start, length_q, length_k, d, dv, lower, upper, offset, factor, cap,
-                mask_base, mask_i, mask_j, slope, weights_base, seed_ptr, batch, head, threshold, keep_factor,
-                M, N, D, DV, PRECISION, SOFTCAP, ALIBI, LEFT, RIGHT, True,
+                grad_k, grad_v, k, v, begin, tl.minimum(full, end), start, queries, keys, columns, bounds, scoring,
+                dropping, weights_base, keep_factor,
+                M, N, D, DV, CHUNK, CHUNK_V, PRECISION, SOFTCAP, ALIBI, LEFT, RIGHT, True,
             )  # fmt: skip
         grad_k, grad_v = _keys_tiles(
-            grad_k, grad_v, k, v, q_base, grad_base, lse_ptr + rows, delta_ptr + rows, q_row, grad_row,
-            full, stop, start, length_q, length_k, d, dv, lower, upper, offset, factor, cap,
-            mask_base, mask_i, mask_j, slope, weights_base, seed_ptr, batch, head, threshold, keep_factor,
-            M, N, D, DV, PRECISION, SOFTCAP, ALIBI, LEFT, RIGHT, False,
+            grad_k, grad_v, k, v, full, stop, start, queries, keys, columns, bounds, scoring,
+            dropping, weights_base, keep_factor,
+            M, N, D, DV, CHUNK, CHUNK_V, PRECISION, SOFTCAP, ALIBI, LEFT, RIGHT, False,
         )  # fmt: skip
         if LEFT:
             grad_k, grad_v = _keys_tiles(
-                grad_k, grad_v, k, v, q_base, grad_base, lse_ptr + rows, delta_ptr + rows, q_row, grad_row,
-                stop, end, start, length_q, length_k, d, dv, lower, upper, offset, factor, cap,
-                mask_base, mask_i, mask_j, slope, weights_base, seed_ptr, batch, head, threshold, keep_factor,
-                M, N, D, DV, PRECISION, SOFTCAP, ALIBI, LEFT, RIGHT, True,
+                grad_k, grad_v, k, v, stop, end, start, queries, keys, columns, bounds, scoring,
+                dropping, weights_base, keep_factor,
+                M, N, D, DV, CHUNK, CHUNK_V, PRECISION, SOFTCAP, ALIBI, LEFT, RIGHT, True,
             )  # fmt: skip
     store_rows(grad_k_ptr + memory * gk_batch + kv_head * gk_head + row_k * gk_row, gk_row, grad_k * scale,
                start, length_k, d, N, D)  # fmt: skip
@@ -233,23 +250,26 @@ def store_rows(ptr, stride, tile, start, rows, width, SIZE: tl.constexpr, WIDTH:
 
 @triton.jit
 def _queries_tiles(
-    grad_q, q, grad_out, lse, delta, k_ptr, v_ptr, k_row, v_row, begin, end,
-    i, lq, lk, d, dv, lower, upper, offset, factor, cap, mask_ptr, mask_i, mask_j, slope,
-    grad_weights_ptr, seed_ptr, batch, head, threshold, keep_factor,
-    N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOUNDED: tl.constexpr,
+    grad_q, q, grad_out, begin, end, lse, delta, q_side, grad_side, keys, place, scoring, dropping, grad_weights_ptr,
+    keep_factor,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, CHUNK: tl.constexpr, CHUNK_V: tl.constexpr,
+    PRECISION: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    BOUNDED: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys [begin, end), in tiles of N, to the gradient of a tile of queries."""
+    k_ptr, v_ptr, k_row, v_row = keys
+    lk, d = place[2], q_side[4]
     for start in range(begin, end, N):
         start = tl.multiple_of(start, N)
-        k = load_rows(k_ptr, k_row, start, lk, d, N, D, not BOUNDED)
-        v = load_rows(v_ptr, v_row, start, lk, dv, N, DV, not BOUNDED)
+        products = row_products(q, q_side, (k_ptr, k_row, lk), start, M, N, D, CHUNK, not BOUNDED, PRECISION)
+        grad_weights = row_products(
+            grad_out, grad_side, (v_ptr, v_row, lk), start, M, N, DV, CHUNK_V, not BOUNDED, PRECISION
+        )
         _, gradient = gradients_of(
-            tl.dot(q, tl.trans(k), input_precision=PRECISION), tl.dot(grad_out, tl.trans(v), input_precision=PRECISION),
-            lse, delta, i, start, lq, lk, lower, upper, offset, factor, cap, mask_ptr, mask_i, mask_j, slope,
-            grad_weights_ptr, seed_ptr, batch, head, threshold, keep_factor,
+            products, grad_weights, lse, delta, start, place, scoring, dropping, grad_weights_ptr, keep_factor,
             N, SOFTCAP, ALIBI, LEFT, RIGHT, BOUNDED, False,
         )  # fmt: skip
+        k = load_rows(k_ptr, k_row, start, lk, d, N, D, not BOUNDED)
         grad_q = tl.dot(gradient.to(k.dtype), k, grad_q, input_precision=PRECISION)
     return grad_q
 
@@ -261,8 +281,8 @@ def attention_backward_queries_kernel(
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, grad_batch, grad_head, grad_row,
     gq_batch, gq_head, gq_row, mask_batch, mask_head, mask_i, mask_j, slopes_batch, slopes_head,
     heads, groups, lq, lk, d, dv, left, right, offset, scale, factor, cap, threshold, keep_factor,
-    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr,
-    SOFTCAP: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, CHUNK: tl.constexpr, CHUNK_V: tl.constexpr,
+    PRECISION: tl.constexpr, SOFTCAP: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
 ):  # fmt: skip
     batch, head, first = place_of(tl.program_id(0), map_ptr, lq, M, heads)
     if batch < 0:
@@ -286,33 +306,34 @@ def attention_backward_queries_kernel(
 
     i = first + tl.arange(0, M)
     q_ptr += memory * q_batch + wide * q_head + row_q * q_row
-    q = load_rows(q_ptr, q_row, first, length_q, d, M, D, False)
+    q = load_rows(q_ptr, q_row, first, length_q, d, M, CHUNK, False)  # used where they are whole
     grad_out_ptr += memory * grad_batch + wide * grad_head + row_q * grad_row
-    grad_out = load_rows(grad_out_ptr, grad_row, first, length_q, dv, M, DV, False)
+    grad_out = load_rows(grad_out_ptr, grad_row, first, length_q, dv, M, CHUNK_V, False)
     lse = tl.load(lse_ptr + rows + i, mask=i < length_q, other=float("inf"))
     delta = tl.load(delta_ptr + rows + i, mask=i < length_q, other=0.0)
     begin, end, full, stop = visible_keys(first, M, length_q, length_k, lower, upper, N, LEFT, RIGHT)
     full = tl.minimum(tl.maximum(full, begin), tl.maximum(begin, tl.cdiv(end, N) * N))
     stop = tl.maximum(tl.minimum(stop, end // N * N), full)
     grad_q = tl.zeros((M, D), tl.float32)
+    q_side, grad_side = (q_ptr, q_row, first, length_q, d), (grad_out_ptr, grad_row, first, length_q, dv)
+    keys, place = (k_ptr, v_ptr, k_row, v_row), (i, length_q, length_k, lower, upper, offset)
+    scoring = (factor, cap, mask_ptr, mask_i, mask_j, slope)
+    dropping = (seed_ptr, batch, head, threshold)
     if LEFT:
         grad_q = _queries_tiles(
-            grad_q, q, grad_out, lse, delta, k_ptr, v_ptr, k_row, v_row, begin, tl.minimum(full, end),
-            i, length_q, length_k, d, dv, lower, upper, offset, factor, cap, mask_ptr, mask_i, mask_j, slope,
-            grad_weights_ptr, seed_ptr, batch, head, threshold, keep_factor,
-            N, D, DV, PRECISION, SOFTCAP, ALIBI, LEFT, RIGHT, True,
+            grad_q, q, grad_out, begin, tl.minimum(full, end), lse, delta, q_side, grad_side, keys, place, scoring,
+            dropping, grad_weights_ptr, keep_factor,
+            M, N, D, DV, CHUNK, CHUNK_V, PRECISION, SOFTCAP, ALIBI, LEFT, RIGHT, True,
         )  # fmt: skip
     grad_q = _queries_tiles(
-        grad_q, q, grad_out, lse, delta, k_ptr, v_ptr, k_row, v_row, full, stop,
-        i, length_q, length_k, d, dv, lower, upper, offset, factor, cap, mask_ptr, mask_i, mask_j, slope,
-        grad_weights_ptr, seed_ptr, batch, head, threshold, keep_factor,
-        N, D, DV, PRECISION, SOFTCAP, ALIBI, LEFT, RIGHT, False,
+        grad_q, q, grad_out, full, stop, lse, delta, q_side, grad_side, keys, place, scoring,
+        dropping, grad_weights_ptr, keep_factor,
+        M, N, D, DV, CHUNK, CHUNK_V, PRECISION, SOFTCAP, ALIBI, LEFT, RIGHT, False,
     )  # fmt: skip
     grad_q = _queries_tiles(
-        grad_q, q, grad_out, lse, delta, k_ptr, v_ptr, k_row, v_row, stop, end,
-        i, length_q, length_k, d, dv, lower, upper, offset, factor, cap, mask_ptr, mask_i, mask_j, slope,
-        grad_weights_ptr, seed_ptr, batch, head, threshold, keep_factor,
-        N, D, DV, PRECISION, SOFTCAP, ALIBI, LEFT, RIGHT, True,
+        grad_q, q, grad_out, stop, end, lse, delta, q_side, grad_side, keys, place, scoring,
+        dropping, grad_weights_ptr, keep_factor,
+        M, N, D, DV, CHUNK, CHUNK_V, PRECISION, SOFTCAP, ALIBI, LEFT, RIGHT, True,
     )  # fmt: skip
     grad_q_ptr += memory * gq_batch + wide * gq_head + row_q * gq_row
     store_rows(grad_q_ptr, gq_row, grad_q * scale, first, length_q, d, M, D)
@@ -327,8 +348,8 @@ def attention_backward_mask_kernel(
     mask_batch, mask_head, mask_i, mask_j, slopes_batch, slopes_head,
     over_batch, over_heads, over_tiles, own_heads, own_tiles, own_rows, each, part_size,
     heads, groups, lq, lk, d, dv, left, right, offset, factor, cap, threshold, keep_factor,
-    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr,
-    SOFTCAP: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, CHUNK: tl.constexpr, CHUNK_V: tl.constexpr,
+    PRECISION: tl.constexpr, SOFTCAP: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
     OVER_ROWS: tl.constexpr,
 ):  # fmt: skip
     tiles_k = tl.cdiv(lk, N)
@@ -358,20 +379,21 @@ def attention_backward_mask_kernel(
             if grad_weights_ptr is not None:
                 weights_base = grad_weights_ptr + rows * lk
             i = first + tl.arange(0, M)
-            q = load_rows(q_ptr + memory * q_batch + wide * q_head, q_row, first, lq, d, M, D, False)
-            k = load_rows(k_ptr + memory * k_batch + (wide // groups) * k_head, k_row, start, lk, d, N, D, False)
-            v = load_rows(v_ptr + memory * v_batch + (wide // groups) * v_head, v_row, start, lk, dv, N, DV, False)
+            q_side = (q_ptr + memory * q_batch + wide * q_head, q_row, first, lq, d)
+            q = load_rows(q_ptr + memory * q_batch + wide * q_head, q_row, first, lq, d, M, CHUNK, False)
             at = grad_out_ptr + memory * grad_batch + wide * grad_head
-            grad_out = load_rows(at, grad_row, first, lq, dv, M, DV, False)
+            grad_out = load_rows(at, grad_row, first, lq, dv, M, CHUNK_V, False)
+            k_side = (k_ptr + memory * k_batch + (wide // groups) * k_head, k_row, lk)
+            v_side = (v_ptr + memory * v_batch + (wide // groups) * v_head, v_row, lk)
             lse = tl.load(lse_ptr + rows + i, mask=i < lq, other=float("inf"))
             delta = tl.load(delta_ptr + rows + i, mask=i < lq, other=0.0)
+            scoring = (factor, cap, mask_ptr + memory * mask_batch + wide * mask_head, mask_i, mask_j, slope)
+            grad_side = (at, grad_row, first, lq, dv)
             _, gradient = gradients_of(
-                tl.dot(q, tl.trans(k), input_precision=PRECISION),
-                tl.dot(grad_out, tl.trans(v), input_precision=PRECISION),
-                lse, delta, i, start, lq, lk, lower, upper, offset, factor, cap,
-                mask_ptr + memory * mask_batch + wide * mask_head, mask_i, mask_j, slope,
-                weights_base, seed_ptr, batch, head, threshold, keep_factor,
-                N, SOFTCAP, slopes_ptr is not None, LEFT, RIGHT, True, True,
+                row_products(q, q_side, k_side, start, M, N, D, CHUNK, False, PRECISION),
+                row_products(grad_out, grad_side, v_side, start, M, N, DV, CHUNK_V, False, PRECISION),
+                lse, delta, start, (i, lq, lk, lower, upper, offset), scoring, (seed_ptr, batch, head, threshold),
+                weights_base, keep_factor, N, SOFTCAP, slopes_ptr is not None, LEFT, RIGHT, True, True,
             )  # fmt: skip
             total += gradient
     at = grad_mask_ptr + tl.program_id(1).to(tl.int64) * part_size
@@ -466,34 +488,41 @@ def attention_backward(
         "dv": dv,
         "D": width_of(d),
         "DV": width_of(dv),
+        "CHUNK": chunk_of(d, q),
+        "CHUNK_V": chunk_of(dv, q),
     }
     grad_mask = _grad_mask(q, mask, batch, arguments) if bias_gradient else q.new_empty(0)
     sequences = batch if starts_q is None else starts_q.numel() - 1
     arguments |= {"scale": scale, "starts_q_ptr": starts_q, "starts_k_ptr": starts_k}
-    tile = tile_of(_TILES_KEYS, q, width, arguments)
-    map_, tiles = map_of(starts_k, k.size(2), sequences, tile["N"])
-    launch(
-        attention_backward_keys_kernel,
-        (tiles * kv_heads,),
-        q,
-        grad_k_ptr=grad_k,
-        grad_v_ptr=grad_v,
-        map_ptr=map_,
-        **_strides(grad_k, "gk"),
-        **_strides(grad_v, "gv"),
-        **arguments,
-        **tile,
-    )
-    tile = tile_of(_TILES_QUERIES, q, width, arguments)
-    map_, tiles = map_of(starts_q, lq, sequences, tile["M"])
-    launch(
-        attention_backward_queries_kernel,
-        (tiles * heads,),
-        q,
-        grad_q_ptr=grad_q,
-        map_ptr=map_,
-        **_strides(grad_q, "gq"),
-        **arguments,
-        **tile,
-    )
+
+    def run_keys(tile: dict) -> None:
+        map_, tiles = map_of(starts_k, k.size(2), sequences, tile["N"])
+        launch(
+            attention_backward_keys_kernel,
+            (tiles * kv_heads,),
+            q,
+            grad_k_ptr=grad_k,
+            grad_v_ptr=grad_v,
+            map_ptr=map_,
+            **_strides(grad_k, "gk"),
+            **_strides(grad_v, "gv"),
+            **arguments,
+            **tile,
+        )
+
+    def run_queries(tile: dict) -> None:
+        map_, tiles = map_of(starts_q, lq, sequences, tile["M"])
+        launch(
+            attention_backward_queries_kernel,
+            (tiles * heads,),
+            q,
+            grad_q_ptr=grad_q,
+            map_ptr=map_,
+            **_strides(grad_q, "gq"),
+            **arguments,
+            **tile,
+        )
+
+    with_tile(_TILES_KEYS, q, width, arguments, "backward_keys", run_keys)
+    with_tile(_TILES_QUERIES, q, width, arguments, "backward_queries", run_queries)
     return grad_q, grad_k, grad_v, grad_mask

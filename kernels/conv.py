@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.language.extra import libdevice
 
 from ._launch import architecture, launch, precision, processors
+from .tuning import tuned
 
 # Pixels, channels, depth, warps and stages of a tile, by compute capability and bytes an element: a result of few
 # channels (up to 64), and of more. csrc/cuda/conv.cu has tiles of the same kind.
@@ -364,9 +365,14 @@ def _gather(axes, x, weight, w_in, w_out, w_group, groups, bias, residual, y, ke
         grid = (triton.cdiv(pixels, tile["M"]) * triton.cdiv(y.size(1), n),)
         launch(conv_direct_kernel, grid, y, all_outs=y.size(1), **arguments, **tile)
         return
-    tile = _tile(y, outs, channels)
-    grid = (triton.cdiv(pixels, tile["M"]) * triton.cdiv(outs, tile["N"]) * groups,)
-    launch(conv_gather_kernel, grid, y, PRECISION=precision(y.dtype, tf32), **arguments, **tile)
+    multiply = precision(y.dtype, tf32)
+
+    def run(tile: dict) -> None:
+        grid = (triton.cdiv(pixels, tile["M"]) * triton.cdiv(outs, tile["N"]) * groups,)
+        launch(conv_gather_kernel, grid, y, PRECISION=multiply, **arguments, **tile)
+
+    exact = *(axis["taps"] for axis in axes), *(axis["pull"] for axis in axes), groups > 1, x.stride(1) == 1, multiply
+    run(tuned("conv_gather", y, (pixels, channels, outs), exact, _tile(y, outs, channels), run))
 
 
 def _tile(like: Tensor, outs: int, channels: int) -> dict[str, int]:
@@ -447,37 +453,40 @@ def conv_grad_weight(grad, x, weight, stride, padding, dilation, groups, channel
         _three(x.shape[2:], 1), _three(grad.shape[2:], 1), _three(weight.shape[2:], 1), _three(stride, 1),
         _three(padding, 0), _three(dilation, 1), strict=True,
     )  # fmt: skip
-    if direct:
-        n = 1 if grad.stride(1) != 1 else min(32, triton.next_power_of_2(weight.size(0)))
-        tile = {"M": 1024 // n if n > 1 else 256, "N": n, "num_warps": 4}
-        programs, depth = triton.cdiv(weight.size(0), n) * taps * channels, tile["M"]
-        own = {"all_outs": weight.size(0)}
-    else:
-        m, n, depth, warps, stages = _TILES[architecture(x)][x.element_size()][0]
-        tile = {"M": min(m, 64), "N": n, "K": depth, "num_warps": warps, "num_stages": stages}
-        programs = groups * triton.cdiv(outs, tile["M"]) * triton.cdiv(taps * channels, n)
-        own = {"groups": groups, "PRECISION": precision(x.dtype, tf32)}
-    parts = max(1, min(4 * processors(x) // programs, pixels // (4 * depth)))
-    each = triton.cdiv(triton.cdiv(pixels, parts), depth) * depth
-    sums = x.new_empty((parts, weight.size(0), taps, channels), dtype=torch.float32)
-    launch(
-        conv_weight_direct_kernel if direct else conv_weight_kernel,
-        (programs, parts),
-        x,
-        grad_ptr=grad,
-        x_ptr=x,
-        result_ptr=sums,
-        pixels=pixels,
-        each=each,
-        channels=channels,
-        outs=outs,
+    arguments = {
         **_numbered([_forward_axis(*of) for of in geometry], *_AXIS),
         **_at(x, "x"),
         **_at(grad, "g"),
-        **own,
-        **tile,
-    )
-    total = sums.sum(0) if parts > 1 else sums[0]
+        "grad_ptr": grad,
+        "x_ptr": x,
+        "pixels": pixels,
+        "channels": channels,
+        "outs": outs,
+    }
+
+    def summed(kernel, programs: int, depth: int, **own) -> Tensor:
+        """The gradient [all outs, taps, channels], from parts of the pixels, of whole depths."""
+        parts = max(1, min(4 * processors(x) // programs, pixels // (4 * depth)))
+        each = triton.cdiv(triton.cdiv(pixels, parts), depth) * depth
+        sums = x.new_empty((parts, weight.size(0), taps, channels), dtype=torch.float32)
+        launch(kernel, (programs, parts), x, result_ptr=sums, each=each, **arguments, **own)
+        return sums.sum(0) if parts > 1 else sums[0]
+
+    def run(tile: dict) -> Tensor:
+        programs = groups * triton.cdiv(outs, tile["M"]) * triton.cdiv(taps * channels, tile["N"])
+        return summed(conv_weight_kernel, programs, tile["K"], groups=groups, PRECISION=multiply, **tile)
+
+    if direct:
+        n = 1 if grad.stride(1) != 1 else min(32, triton.next_power_of_2(weight.size(0)))
+        m = 1024 // n if n > 1 else 256
+        programs, own = triton.cdiv(weight.size(0), n) * taps * channels, {"all_outs": weight.size(0)}
+        total = summed(conv_weight_direct_kernel, programs, m, M=m, N=n, num_warps=4, **own)
+    else:
+        multiply = precision(x.dtype, tf32)
+        m, n, depth, warps, stages = _TILES[architecture(x)][x.element_size()][0]
+        tile = {"M": min(m, 64), "N": n, "K": depth, "num_warps": warps, "num_stages": stages}
+        exact = *weight.shape[2:], *stride, groups > 1, multiply
+        total = run(tuned("conv_weight", x, (pixels, channels, outs), exact, tile, run))
     return result.copy_(total.mT.reshape(weight.shape))
 
 

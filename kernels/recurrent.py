@@ -30,8 +30,12 @@ from .recurrent_cells import (
     variant_forward,
     width_of,
 )
+from .tuning import tuned
 
-_PERSISTENT = 128  # the widest state, H or P, that a program holds
+_PERSISTENT = {
+    False: 64,
+    True: 32,
+}  # the widest state, H or P, that a program holds: of plain cells, of an lstm with options
 _LSTM, _GRU = CELLS.index("lstm"), CELLS.index("gru")
 
 
@@ -299,17 +303,23 @@ def matmul(a: Tensor, b: Tensor, tf32: bool, dtype, bias=None, other=None, biase
     """a [M, K] @ b [K, N] + biases, summed in float32; b in the type that tl.dot multiplies in."""
     (rows, depth), columns = a.shape, b.size(1)
     tile = {"M": 64, "N": 64, "K": 32 if b.element_size() == 2 else 16, "num_warps": 4, "num_stages": 3}
-    programs = triton.cdiv(rows, tile["M"]) * triton.cdiv(columns, tile["N"])
-    parts = 1 if bias is not None or other is not None or programs == 0 else 2 * processors(a) // programs
-    parts = max(1, min(parts, depth // (8 * tile["K"])))
-    each = triton.cdiv(triton.cdiv(depth, parts), tile["K"]) * tile["K"]
-    c = a.new_empty((parts, rows, columns), dtype=torch.float32 if parts > 1 else dtype)
-    if rows * columns:
-        launch(
-            matmul_kernel, (programs, parts), a, a, b, bias, other, c, rows, columns, depth, each, biased,
-            *a.stride(), *b.stride(), PRECISION=precision(b.dtype, tf32), **tile,
-        )  # fmt: skip
-    return c[0] if parts == 1 else c.sum(0).to(dtype)
+    multiplies = precision(b.dtype, tf32)
+
+    def run(tile: dict) -> Tensor:
+        programs = triton.cdiv(rows, tile["M"]) * triton.cdiv(columns, tile["N"])
+        parts = 1 if bias is not None or other is not None or programs == 0 else 2 * processors(a) // programs
+        parts = max(1, min(parts, depth // (8 * tile["K"])))
+        each = triton.cdiv(triton.cdiv(depth, parts), tile["K"]) * tile["K"]
+        c = a.new_empty((parts, rows, columns), dtype=torch.float32 if parts > 1 else dtype)
+        if rows * columns:
+            launch(
+                matmul_kernel, (programs, parts), a, a, b, bias, other, c, rows, columns, depth, each, biased,
+                *a.stride(), *b.stride(), PRECISION=multiplies, **tile,
+            )  # fmt: skip
+        return c[0] if parts == 1 else c.sum(0).to(dtype)
+
+    exact = *(stride == 1 for stride in (*a.stride(), *b.stride())), multiplies
+    return run(tuned("matmul", b, (rows, columns, depth), exact, tile, run))
 
 
 def times(steps: int, reverse: bool) -> range:
@@ -327,11 +337,14 @@ def row_warps(width: int) -> int:
     return 4 if width <= 1024 else 8 if width <= 4096 else 16
 
 
-def persistent_tile(hidden: int, outputs: int) -> dict[str, int] | None:
+def persistent_tile(hidden: int, outputs: int, options: Options) -> dict[str, int] | None:
     """The tile of a program that holds the whole state, or None where it does not fit."""
-    if max(hidden, outputs) > _PERSISTENT:
+    widest = width_of(max(hidden, outputs))
+    if widest > _PERSISTENT[options.varies]:
         return None
-    return {"M": ROWS, "H": width_of(hidden), "P": width_of(outputs), "num_warps": 4 if hidden <= 64 else 8}
+    warps = max(4, widest // (4 if options.varies else 8))
+    # Copies ahead of the steps would fill shared memory.
+    return {"M": ROWS, "H": width_of(hidden), "P": width_of(outputs), "num_warps": warps, "num_stages": 1}
 
 
 def multiply(a: Tensor, weight: Tensor, result: Tensor, depth: int, w_k: int, w_n: int, tf32: bool, add: bool) -> None:
@@ -374,7 +387,7 @@ def recurrent_forward(
     shared = {"hidden": hidden, "batch": batch, "lengths_ptr": lengths, "peephole_ptr": options.peephole}
     shared |= {"zoneout_h": options.zoneout_h, **options.rates}
     of_cell = {"CELL": cell, "VARIANT": options.varies, "PRECISION": precision(x.dtype, tf32)}
-    if (tile := persistent_tile(hidden, outputs)) is not None:
+    if (tile := persistent_tile(hidden, outputs, options)) is not None:
         launch(
             recurrent_persistent_kernel, (triton.cdiv(batch, ROWS),), x,
             inputs, h0, c0, w_hh, b_n, w_hr, y_ptr=y, h_ptr=h, c_ptr=c if cell == _LSTM else None,

@@ -63,10 +63,15 @@ def workloads() -> Iterator[Workload]:
             yield Workload("conv", of, lambda d=dtype, c=channels: _conv(d, c, c, 1))
         yield Workload("conv", f"{name} 3x224x224", lambda dtype=dtype: _conv(dtype, 3, 64, 1, 224))
         yield Workload("conv", f"{name} depthwise 128x56x56", lambda dtype=dtype: _conv(dtype, 128, 128, 128))
-        for cell in range(4):
-            for hidden in (64, 256):
+        for wide in (False, True):
+            hidden = 256 if wide else 64
+            for cell in range(4):
                 of = f"{name} {('lstm', 'gru', 'tanh', 'relu')[cell]} H{hidden}"
                 yield Workload("recurrent", of, lambda d=dtype, c=cell, h=hidden: _recurrent(d, c, h))
+            hidden = 256 if wide else 32
+            for normed in (False, True):
+                of = f"{name} lstm with {'layer norm' if normed else 'options'} H{hidden}"
+                yield Workload("recurrent", of, lambda d=dtype, h=hidden, n=normed: _recurrent(d, 0, h, n))
 
 
 def _softmax(columns: int, dtype: torch.dtype) -> None:
@@ -109,21 +114,26 @@ def _conv(dtype: torch.dtype, channels: int, outs: int, groups: int, size: int =
     conv.conv_grad_epilogue(y, y, 2)
 
 
-def _recurrent(dtype: torch.dtype, cell: int, hidden: int) -> None:
-    """One layer of hidden units; a wide lstm is projected."""
-    from ..kernels import recurrent
+def _recurrent(dtype: torch.dtype, cell: int, hidden: int, normed: bool | None = None) -> None:
+    """One layer of hidden units; an lstm is projected, one with options (with layer norm or without) is not."""
+    from ..kernels import recurrent, recurrent_backward
 
-    def empty(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype)
+    def empty(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=kind)
 
-    rows, outputs = (4, 3, 1, 1)[cell] * hidden, 64 if cell == 0 else hidden
+    rows, outputs = (4, 3, 1, 1)[cell] * hidden, 64 if cell == 0 and normed is None else hidden
     x, h, c = empty(2, 64, hidden), empty(64, outputs), empty(64, hidden) if cell == 0 else None
     w_ih, w_hh, bias = empty(rows, hidden), empty(rows, outputs), empty(rows)
     w_hr = empty(outputs, hidden) if outputs != hidden else None
-    options = (cell, False, False)
-    found = recurrent.recurrent_forward(x, h, c, w_ih, w_hh, bias, bias, w_hr, None, *options, True)
-    y, gates, cells = found[0], *found[3:]
-    recurrent.recurrent_backward(y, h, c, x, h, c, w_ih, w_hh, w_hr, None, y, gates, cells, *options, True, True)
+    call, mask = (cell, False, False), empty(2, 64, hidden, kind=torch.bool)
+    variant: tuple = ()
+    if normed is not None:
+        variant = (empty(3 * hidden), empty(10 * hidden) if normed else None, mask, mask, mask, 2.0, 0.0, 0.0, 1.0)
+    found = recurrent.recurrent_forward(x, h, c, w_ih, w_hh, bias, bias, w_hr, None, *call, True, *variant)
+    saved = found[0], *found[3:]
+    recurrent_backward.recurrent_backward(
+        found[0], h, c, x, h, c, w_ih, w_hh, w_hr, None, *saved, *call, True, True, *variant
+    )
 
 
 def launches(workload: Workload, arch: str) -> list[Launch]:

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 
 import fastnets
 from fastnets import dispatch, testing
@@ -60,19 +62,52 @@ def test_the_interpreter_names_what_is_wrong():
         launch(softmax_backward_kernel, (2,), y, y, flat[:32], flat[1:], 4, 8, 1, 1.0, **tile)
 
 
+class _Attention(torch.nn.Module):
+    def forward(self, q):
+        return fastnets.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+
+
 @interpreted
-def test_softmax_in_a_graph():
-    x = torch.randn(3, 5, requires_grad=True)
+@pytest.mark.parametrize(
+    ("operator", "module", "sizes"),
+    [
+        ("softmax_forward", fastnets.nn.Softmax(-1), (3, 5)),
+        ("attention_forward", _Attention(), (1, 2, 5, 8)),
+        ("conv_forward", fastnets.nn.Conv2d(3, 8, 3), (1, 3, 6, 6)),
+        ("recurrent_forward", fastnets.nn.LSTM(4, 6, layer_norm=True, zoneout_c=0.1).eval(), (3, 2, 4)),
+    ],
+)
+def test_every_family_in_a_graph(operator, module, sizes, monkeypatch):
+    """Exported and compiled, without a break and with gradients, as operators of their own."""
+    x = torch.randn(sizes, requires_grad=True)
     torch._dynamo.reset()
-    compiled = torch.compile(lambda x: fastnets.functional.softmax(x, -1), fullgraph=True, backend="aot_eager")
+    targets = []
+
+    def backend(graph, inputs):
+        return aot_autograd(fw_compiler=keep, bw_compiler=keep)(graph, inputs)
+
+    def keep(graph, inputs):
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    def first(outputs):
+        return outputs if isinstance(outputs, torch.Tensor) else outputs[0]
+
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     with fastnets.backend("triton"):
-        ours = compiled(x)
-        exported = torch.export.export(fastnets.nn.Softmax(-1), (x,))
-    (grad,) = torch.autograd.grad(ours.square().sum(), x)
-    theirs = torch.softmax(x, -1)
-    torch.testing.assert_close(ours, theirs)
-    torch.testing.assert_close(grad, *torch.autograd.grad(theirs.square().sum(), x))
-    assert torch.ops.fastnets_triton.softmax_forward.default in [node.target for node in exported.graph.nodes]
+        exported = torch.export.export(module, (x,))
+        of_export = first(exported.module()(x))
+        ours = first(torch.compile(module, fullgraph=True, backend=backend)(x))
+        grads = torch.autograd.grad(ours.square().sum(), (x, *module.parameters()))
+    theirs = first(module(x))
+    torch.testing.assert_close([ours, of_export], [theirs, theirs])
+    torch.testing.assert_close(grads, torch.autograd.grad(theirs.square().sum(), (x, *module.parameters())))
+    assert f"fastnets_triton.{operator}.default" in [str(node.target) for node in exported.graph.nodes]
+    family = operator.split("_")[0]
+    assert {name for name in targets if name.startswith(f"fastnets_triton.{family}")} >= {
+        f"fastnets_triton.{operator}.default"
+    }
+    assert any("backward" in name or "grad" in name for name in targets if name.startswith("fastnets_triton"))
 
 
 @interpreted

@@ -52,16 +52,3 @@ def test_a_weight_of_any_strides():
     for mine, measure, value in zip(*results, truths, strict=True):
         _, largest = tolerances(measure - value, value, torch.float32)
         assert (mine - value).abs().max() <= largest
-
-
-def test_conv_in_a_graph():
-    layer = fastnets.nn.Conv2d(3, 8, 3)
-    x = torch.randn(1, 3, 6, 6, requires_grad=True)
-    torch._dynamo.reset()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    with fastnets.backend("triton"), full_precision():
-        ours = compiled(x)
-    theirs = layer(x)
-    torch.testing.assert_close(ours, theirs)
-    grads = [torch.autograd.grad(out.square().sum(), (x, layer.weight)) for out in (ours, theirs)]
-    torch.testing.assert_close(*grads)

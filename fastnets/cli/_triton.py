@@ -2,7 +2,10 @@
 
 import dataclasses
 import hashlib
+import json
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -168,13 +171,24 @@ def compiled(launch: Launch) -> Compiled:
     )
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     made = triton.compile(source, target=target, options=options.__dict__)
-    path = code.CACHE / f"triton.{launch.arch}.{hashlib.sha256(made.asm['cubin']).hexdigest()[:16]}.cubin"
-    if not path.exists():
+    figures = _figures(made.asm["cubin"], launch.arch)
+    figures = dataclasses.replace(figures, family="triton", signature=launch.name, arch=launch.arch)
+    return Compiled(figures, made.metadata.shared, 32 * made.metadata.num_warps, "tt.dot" in made.asm["ttir"])
+
+
+def _figures(cubin: bytes, arch: str) -> code.Kernel:
+    """What a cubin's only kernel consists of; kept, for disassembling takes longer than compiling."""
+    read = hashlib.sha256(cubin + Path(code.__file__).read_bytes()).hexdigest()[:16]
+    binary = code.CACHE / f"triton.{arch}.{read}.cubin"
+    kept = binary.with_suffix(".json")
+    if not kept.exists():
         code.CACHE.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(made.asm["cubin"])
-    (found,) = code.read(path, launch.arch)
-    found = dataclasses.replace(found, family="triton", signature=launch.name, arch=launch.arch)
-    return Compiled(found, made.metadata.shared, 32 * made.metadata.num_warps, "tt.dot" in made.asm["ttir"])
+        binary.write_bytes(cubin)
+        (found,) = code.read(binary, arch)
+        unfinished = kept.with_suffix(f".{os.getpid()}")
+        unfinished.write_text(json.dumps(dataclasses.asdict(found)))
+        unfinished.rename(kept)
+    return code.Kernel(**json.loads(kept.read_text()))
 
 
 def complaint(of: Compiled) -> str | None:

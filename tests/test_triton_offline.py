@@ -11,7 +11,7 @@ from fastnets.cli import _triton
 from fastnets.kernels import registry
 
 if registry.missing is None:
-    from fastnets.kernels import attention, attention_backward, conv, recurrent, softmax
+    from fastnets.kernels import attention, attention_backward, conv, recurrent, recurrent_backward, softmax
 
 pytestmark = pytest.mark.skipif(registry.missing is not None, reason=str(registry.missing))
 
@@ -46,6 +46,6 @@ def test_workloads_start_every_kernel():
     for workload in _triton.workloads():
         started |= {launch.kernel.__name__ for launch in _triton.launches(workload, "sm_80")}
         assert workload.op in registry.FAMILIES
-    for module in (attention, attention_backward, conv, recurrent, softmax):
+    for module in (attention, attention_backward, conv, recurrent, recurrent_backward, softmax):
         there |= {name for name in vars(module) if name.endswith("_kernel")}
     assert started == there

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,6 +47,8 @@ class Compiled(NamedTuple):
     threads: int
     products: bool
     """Whether the kernel's source multiplies matrices."""
+    operations: float | None
+    """Of a turn of the main loop, a warp's share; None where its products are not known from the tile."""
 
 
 def workloads() -> Iterator[Workload]:
@@ -173,7 +175,97 @@ def compiled(launch: Launch) -> Compiled:
     made = triton.compile(source, target=target, options=options.__dict__)
     figures = _figures(made.asm["cubin"], launch.arch)
     figures = dataclasses.replace(figures, family="triton", signature=launch.name, arch=launch.arch)
-    return Compiled(figures, made.metadata.shared, 32 * made.metadata.num_warps, "tt.dot" in made.asm["ttir"])
+    warps = made.metadata.num_warps
+    each = _OPERATIONS.get(kernel.__name__)
+    operations = None if each is None else each(launch.options) / warps
+    return Compiled(figures, made.metadata.shared, 32 * warps, "tt.dot" in made.asm["ttir"], operations)
+
+
+# Operations of a turn of the main loop, by the tile; where float32 rows are multiplied in chunks, that loop is it.
+_OPERATIONS: dict[str, Callable[[dict], float]] = {
+    "attention_forward_kernel": lambda of: _chunk(of) or 2 * of["M"] * of["N"] * (of["D"] + of["DV"]),
+    "attention_backward_keys_kernel": lambda of: _chunk(of) or 4 * of["M"] * of["N"] * (of["D"] + of["DV"]),
+    "attention_backward_queries_kernel": lambda of: _chunk(of) or 2 * of["M"] * of["N"] * (2 * of["D"] + of["DV"]),
+    "conv_gather_kernel": lambda of: 2 * of["M"] * of["N"] * of["K"],
+    "conv_weight_kernel": lambda of: 2 * of["M"] * of["N"] * of["K"],
+    "matmul_kernel": lambda of: 2 * of["M"] * of["N"] * of["K"],
+}
+
+
+def _chunk(of: dict) -> float:
+    return 2 * of["M"] * of["N"] * of["CHUNK"] if of["CHUNK"] < of["D"] else 0
+
+
+class Pair(NamedTuple):
+    """A kernel in both languages."""
+
+    what: str
+    cuda: str
+    """The name of ours in CUDA C++, as `inspect` has it."""
+    triton: str
+    """The launch in Triton."""
+
+
+PAIRS = (
+    *(
+        Pair(
+            f"attention forward, D {d}", f"attention::forward<Bf16, {d}, 0>", f"attention_forward bfloat16 D{d} causal"
+        )
+        for d in (64, 128, 256)
+    ),
+    *(
+        Pair(
+            f"attention backward, D {d}{of}",
+            f"attention::gradients<Bf16, {d}, false, 0>",
+            f"attention_backward_{side} bfloat16 D{d} causal",
+        )
+        for d in (64, 128, 256)
+        for side, of in (("keys", ""), ("queries", ", q's part"))
+    ),
+    *(
+        Pair(f"convolution, {n} channels", f"conv::conv_{kernel}<Bf16, {shape}", f"conv_gather bfloat16 {n}x56x56")
+        for n, kernel, shape in ((64, "held", "Shape<128, 64"), (256, "held", "Shape<128, 128"))
+    ),
+    *(
+        Pair(f"convolution, grad weight, {n} channels", f"conv::conv_weight<Bf16, {shape}", f"conv_weight bfloat16 {n}")
+        for n, shape in ((64, "Shape<64, 64"), (256, "Shape<128, 128"))
+    ),
+    Pair("LSTM forward, H 64", "recurrent::forward<Bf16, 16>", "recurrent_persistent bfloat16 lstm H64"),
+    Pair("LSTM backward, H 64", "recurrent::backward<Bf16, 16>", "recurrent_backward_persistent bfloat16 lstm H64"),
+    Pair("softmax of 1000", "softmax::forward_held<BFloat16, 8, 256>", "softmax_forward bfloat16 4096x1000"),
+    Pair("softmax backward", "softmax::backward_held<BFloat16, 8, 256>", "softmax_backward bfloat16 4096x1000"),
+)
+"""What is compared side by side, in bfloat16; CUDA's backward pass of attention is one kernel, Triton's two."""
+
+_MMA = 2 * 16 * 8 * 16  # operations of the mma.sync that csrc/cuda uses in 16 bits
+
+
+def beside(of_cuda: Sequence[Mapping[str, Any]], of_triton: Sequence[Compiled]) -> Iterator[tuple[str, ...]]:
+    """Rows of a table: what, architecture, then of either registers, shared memory, density and, last, instructions.
+
+    Density: tensor-core instructions an instruction of the main loop. The last: of them, a million operations that the
+    kernel is there for; what a warp computes in vain, or another warp does too, makes them more.
+    """
+    for what, cuda, triton in PAIRS:
+        ours = {k["arch"]: k for k in reversed(of_cuda) if k["name"].startswith(cuda)}
+        theirs = {one.kernel.arch: one for one in reversed(of_triton) if one.kernel.signature.startswith(triton)}
+        for arch in (arch for arch in ARCHITECTURES if arch in ours and arch in theirs):
+            mine, (kernel, shared, _, products, operations) = ours[arch], theirs[arch]
+            yield (
+                *(what, arch, str(mine["registers"]), _or_dash(mine["shared"]), _density(mine)),
+                f"{1e6 / _MMA:.0f}" if mine["tensor"] else "-",
+                *(str(kernel.registers), str(shared)),
+                _density({"tensor": kernel.tensor, "loop_instructions": kernel.loop_instructions}),
+                f"{1e6 * kernel.tensor / operations:.0f}" if products and operations else "-",
+            )
+
+
+def _or_dash(value: object) -> str:
+    return "-" if value is None else str(value)
+
+
+def _density(of: Mapping[str, Any]) -> str:
+    return f"{of['tensor'] / of['loop_instructions']:.3f}" if of["tensor"] else "-"
 
 
 def _figures(cubin: bytes, arch: str) -> code.Kernel:

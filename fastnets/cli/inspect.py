@@ -82,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
     if args.snapshot is not None:
         return _snapshot(args, kernels, out)
     _print_kernels(kernels, out)
+    if compiled and (rows := list(_triton.beside(kernels, compiled))):
+        _print_beside(rows, out)
     if objection:
         out.print(f"blocks, dynamic shared memory and traffic are not known: {objection}")
     elif not args.static:
@@ -239,6 +241,19 @@ def _print_kernels(kernels: Sequence[Mapping[str, Any]], out: Console) -> None:
     out.print(
         f"{len(names)} kernels for {len(archs)} architectures, {spilling} with spills (LDL, STL) or a stack.\n"
         "tensor, async, ldsm, loop: instructions in the main loop; all: in the kernel.\n"
+    )
+
+
+def _print_beside(rows: Sequence[tuple[str, ...]], out: Console) -> None:
+    columns = ("regs", "shared", "density", "a MFLOP")
+    table = _table("CUDA C++ and Triton side by side, bfloat16", ["what", "arch"], [*columns, *columns])
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
+    out.print(
+        "Of either registers, shared memory, density (tensor-core instructions an instruction of the main loop) and "
+        "tensor-core instructions\na million operations: mma.sync's has 4096 of them, wgmma's and tcgen05's far more. "
+        "docs/gpu.md explains.\n"
     )
 
 

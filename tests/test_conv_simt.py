@@ -74,9 +74,9 @@ def test_any_shape(device, case, dtype, multiprocessors):
 TILES = [
     ("wide", 16, 70, (1, 1), 128, 128, 4),  # whole stages of 128 bytes
     ("tall", 16, 5, (1, 1), 128, 32, 4),
-    ("held wide", 16, 70, (3, 3), 128, 128, 9),
     ("held tall", 16, 5, (3, 3), 256, 64, 9),
-    ("held middle", 72, 5, (1, 3), 128, 64, 3 * (4 + 1)),  # two fillings
+    ("held wide", 72, 70, (5, 1), 128, 128, 5 * (4 + 1)),  # two fillings, for which Tall has no room
+    ("held middle", 72, 5, (5, 1), 128, 64, 5 * (4 + 1)),
     ("few", 3, 5, (3, 3), 128, 32, 2),
 ]
 
@@ -174,7 +174,31 @@ def test_errors_are_those_of_the_cpu(change):
     assert error("simt") == error("cpu")
 
 
-def test_too_large_a_dimension_is_an_error():
-    x, weight = torch.zeros(1, 1, 3), torch.zeros(1, 1, 2)
-    with fastnets.backend("simt"), pytest.raises(ValueError, match=r"fewer than 2\^29 positions along a dimension"):
-        functional.conv1d(x, weight, padding=2**28, dilation=2**29, stride=2**30)
+LARGE = [
+    {"padding": 2**28, "dilation": 2**29, "stride": 2**30},
+    {"padding": 2**28, "dilation": 2**29 + 1, "stride": 2**28},
+    {"stride": 2**29},
+    {"padding": 2**29, "stride": 2**28},
+]
+
+
+@pytest.mark.parametrize("options", LARGE, ids=str)
+def test_what_32_bits_do_not_count_runs_elsewhere(options):
+    x, weight = torch.randn(1, 1, 3), torch.randn(1, 1, 2)
+    with fastnets.backend("simt"), pytest.raises(NotImplementedError, match=r"fewer than 2\^29 positions along"):
+        functional.conv1d(x, weight, **options)
+    with fastnets.backend("cpu"):
+        y = functional.conv1d(x, weight, **options)
+    with fastnets.backend("reference"):  # where a GPU's kernels object
+        torch.testing.assert_close(functional.conv1d(x, weight, **options), y)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_what_32_bits_just_count(device, transposed):
+    conv = functional.conv_transpose1d if transposed else functional.conv1d
+    x, weight = torch.randn(1, 8, 3), torch.randn(8, 8, 2)
+    options = {"padding": 2**27, "dilation": 2**28 - 4, "stride": 2 if transposed else 2**26}
+    with fastnets.backend("simt"), testing.full_precision():
+        y = conv(x, weight, **options)
+    with fastnets.backend("cpu"):
+        torch.testing.assert_close(y, conv(x, weight, **options))

@@ -82,6 +82,23 @@ struct Window {
   __device__ __forceinline__ int64_t moved(const int (&by)[3]) const {
     return by[0] * pixel[0] + by[1] * pixel[1] + by[2] * pixel[2];
   }
+  // A pixel's number, counted over all images, of a source whose pixels follow each other.
+  __device__ __forceinline__ int number(int image, const int (&at)[3]) const {
+    return ((image * extent[0] + at[0]) * extent[1] + at[1]) * extent[2] + at[2];
+  }
+  // The number of the pixel at `at` moved on, or of the one `behind` it. Where a coordinate lies outside it is that of
+  // the line, plane or image that is next: it never falls from one result to the next.
+  __device__ __forceinline__ int bound(int image, const int (&at)[3], const int (&by)[3], int behind) const {
+    int place = image;
+    bool inside = true;
+#pragma unroll
+    for (int d = 0; d < 3; ++d) {
+      const int v = at[d] + by[d];
+      place = place * extent[d] + (inside ? min(max(v + (d == 2 ? behind : 0), 0), extent[d]) : 0);
+      inside = inside && 0 <= v && v < extent[d];
+    }
+    return place;
+  }
   __device__ __forceinline__ bool inside(const int (&from)[3], const int (&by)[3]) const {
     bool all = true;
 #pragma unroll

@@ -143,7 +143,7 @@ std::optional<Partial> shares(const ConvGradWeight& p, Workspace& workspace, Str
     w.tiles_m = (rows + S::kM - 1) / S::kM, w.tiles_n = (columns + S::kN - 1) / S::kN;
     const int64_t tiles = int64_t{w.tiles_m} * w.tiles_n * s.groups;
     const int64_t positions = s.out[0] * s.out[1] * s.out[2], together = images_together(s);
-    const int64_t launches = together == 0 ? 1 : (s.batch + together - 1) / together;
+    const int64_t launches = launches_for(s);
     const auto steps_of = [&](int64_t images) {
       return images * s.out[0] * w.patch.tiles.height.by * w.patch.tiles.width.by;
     };

@@ -16,22 +16,22 @@ struct Held {
   Divisor taps;      // of a filling
   Divisor fillings;  // of the same taps
   int span[3];       // how far the last tap of a filling lies from its first one
+  int pixel_bytes;   // that a filling may have
 };
 
 template <class C, class S>
 class HeldFeed {
   using T = typename C::Storage;
-  using A = Tile<T, S::kLines, kStageDepth<T>>;
+  using A = Tile<T, 1, kStageDepth<T>>;  // a pixel
   using B = Tile<T, S::kN, kStageDepth<T>>;
   using Filter = FilterCopy<T, S>;
   static constexpr int kChunks = Filter::kChunks, kStep = Filter::kStep, kRows = Sums<C, S>::kRows;
   static constexpr int kPixels = kStageBytes + S::kStages * B::kBytes;  // where they begin
-  static_assert(S::kLines % kStep == 0);
 
  public:
   // Of shared memory: zeros, the stages of the weight, the pixels.
-  static constexpr int bytes(int fillings) {
-    return kStageBytes + S::kStages * B::kBytes + std::min(fillings, 2) * A::kBytes;
+  static constexpr int64_t bytes(int fillings, int64_t pixel_bytes) {
+    return kPixels + std::min(fillings, 2) * pixel_bytes;
   }
 
   // `begin`: the first step of the block.
@@ -49,7 +49,7 @@ class HeldFeed {
     for (int i = 0; i < kRows; ++i) {
       int from[3];
       pixel_[i] = begin_of(i, from);
-      pixel_[i] = flat(pixel_[i], from);
+      pixel_[i] = p.gather.window.number(pixel_[i], from);
     }
     for (int i = threadIdx.x; i < kStageBytes / 4; i += S::kThreads) {
       store_shared(reinterpret_cast<float*>(shared) + i, 0.0f);
@@ -68,10 +68,8 @@ class HeldFeed {
       g.window.tap(taps, by);
       const int from = first(by), count = end(by) - from;
       const A a = pixels(filling);
-#pragma unroll
-      for (int i = 0; i < S::kLines / kStep; ++i) {
-        const int line = Filter::line() + i * kStep;
-        if (line >= count) break;
+#pragma unroll 4
+      for (int line = Filter::line(); line < count; line += kStep) {
         copy_async<16>(a.at(line, place * kChunk<T>),
                        within ? source_ + (from + line) * g.window.pixel[2] + chunk * kChunk<T> : source_,
                        within ? 16 : 0);
@@ -88,11 +86,11 @@ class HeldFeed {
     window.tap(taps, by);
     if ((tap == 0 && chunk == 0) || step == begin_) find(taps);
     window.tap(taps + tap, to);
-    const int moved = flat(0, to) - first(by);
+    const int moved = window.number(0, to) - first(by);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const int line = pixel_[i] + moved;
-      line_[i] = inside_[i] >> tap & 1 ? kPixels + filling % 2 * A::kBytes + line * kStageBytes : 0;
+      line_[i] = inside_[i] >> tap & 1 ? kPixels + filling % 2 * p_.pixel_bytes + line * kStageBytes : 0;
       exchange_[i] = (static_cast<int>(threadIdx.x) % 32 / 16 ^ A::swizzle(line)) * 16;
     }
     depth_ = (p_.gather.tap_chunks.by - chunk) * kChunk<T>;
@@ -114,7 +112,7 @@ class HeldFeed {
     p_.fillings.divide(filling);
     return filling * kChunks;
   }
-  __device__ __forceinline__ A pixels(int filling) const { return A(shared_ + kPixels + filling % 2 * A::kBytes); }
+  __device__ __forceinline__ A pixels(int filling) const { return A(shared_ + kPixels + filling % 2 * p_.pixel_bytes); }
   __device__ __forceinline__ B filter(int step) const {
     return B(shared_ + kStageBytes + step % S::kStages * B::kBytes);
   }
@@ -126,29 +124,14 @@ class HeldFeed {
     g.window.begin(found, from);
     return g.window.positions.quotient(found);
   }
-  // A pixel's number, counted over all images.
-  __device__ __forceinline__ int flat(int image, const int (&at)[3]) const {
-    const int (&extent)[3] = p_.gather.window.extent;
-    return ((image * extent[0] + at[0]) * extent[1] + at[1]) * extent[2] + at[2];
-  }
 
-  // Of the pixels that the block's rows meet at taps from `by` on: the first one, and the one behind the last. Where a
-  // coordinate lies outside they begin, or end, with the line, plane or image that is next.
-  __device__ __forceinline__ int first(const int (&by)[3]) const { return bound(first_image_, first_, by, 0); }
+  // Of the pixels that the block's rows meet at taps from `by` on: the first one, and the one behind the last.
+  __device__ __forceinline__ int first(const int (&by)[3]) const {
+    return p_.gather.window.bound(first_image_, first_, by, 0);
+  }
   __device__ __forceinline__ int end(const int (&by)[3]) const {
     const int last[3] = {last_[0] + p_.span[0], last_[1] + p_.span[1], last_[2] + p_.span[2]};
-    return bound(last_image_, last, by, 1);
-  }
-  __device__ __forceinline__ int bound(int image, const int (&at)[3], const int (&by)[3], int behind) const {
-    int place = image;
-    bool inside = true;
-#pragma unroll
-    for (int d = 0; d < 3; ++d) {
-      const int extent = p_.gather.window.extent[d], v = at[d] + by[d];
-      place = place * extent + (inside ? min(max(v + (d == 2 ? behind : 0), 0), extent) : 0);
-      inside = inside && 0 <= v && v < extent;
-    }
-    return place;
+    return p_.gather.window.bound(last_image_, last, by, 1);
   }
 
   // Which of the filling's taps lie in the source.
@@ -182,8 +165,8 @@ class HeldFeed {
 };
 
 template <class C, class S>
-size_t held_bytes(int fillings) {
-  return std::max(HeldFeed<C, S>::bytes(fillings), Finish<typename C::Storage, S>::kBytes);
+int64_t held_bytes(int fillings, int64_t pixel_bytes) {
+  return std::max<int64_t>(HeldFeed<C, S>::bytes(fillings, pixel_bytes), Finish<typename C::Storage, S>::kBytes);
 }
 
 template <class C, class S>
@@ -234,19 +217,22 @@ bool gather_held(const Phase& phase, Gather g, Dtype dtype, bool tf32, const cha
     if (taps < 2 || taps > kMostTaps) continue;
     const bool fits = with_held(g.output.rows, phase.channels, groups, [&](auto shape) {
       using S = decltype(shape);
-      if (lines_for(phase, p.span, S::kM) > S::kLines) return false;
       p.taps = Divisor(static_cast<int>(taps));
       p.fillings = Divisor((g.tap_chunks.by * 16 + kStageBytes - 1) / kStageBytes);
       g.steps = static_cast<int>(phase.taps()) * p.fillings.by;
       const int fillings = static_cast<int>(g.steps / taps);
-      if (held_bytes<Bf16, S>(fillings) > shared_limit()) return false;
+      const int64_t lines = lines_for(phase, p.span, S::kM), pixel_bytes = lines * kStageBytes;
+      if (lines > S::kM * phase.axes[3 - inner].taps) return false;  // of a dimension less they would be fewer
+      if (held_bytes<Bf16, S>(fillings, pixel_bytes) > static_cast<int64_t>(shared_limit())) return false;
+      p.pixel_bytes = static_cast<int>(pixel_bytes);
       const int64_t blocks = g.divide<S>(workspace, static_cast<int>(groups));
       if (workspace.counts()) return true;
       p.gather = g;
       with_arithmetic(dtype, tf32, [&](auto arithmetic) {
         using C = decltype(arithmetic);
-        launch({name, static_cast<unsigned>(blocks), S::kThreads, stream, held_bytes<C, S>(fillings)}, conv_held<C, S>,
-               p);
+        launch({name, static_cast<unsigned>(blocks), S::kThreads, stream,
+                static_cast<size_t>(held_bytes<C, S>(fillings, pixel_bytes))},
+               conv_held<C, S>, p);
       });
       if (g.partial.splits > 1) gather_shares(dtype, g, stream);
       return true;

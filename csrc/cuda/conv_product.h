@@ -31,12 +31,18 @@ constexpr int kProductBytes = S::kStages * (S::kM + S::kN) * kStageBytes;
 //  - Tall: up to 32 result channels, of which wider tiles would compute zeros. 60 KB, 4 warps of 32 x 32.
 //  - Small: the rest: few results, where waves of Wide would leave multiprocessors idle. 48 KB.
 //  - Flat: a weight's gradient of up to 64 rows. 72 KB, 8 warps of 32 x 32.
-// The pixels stay while the taps pass (conv_held), in two places of kLines of them:
-//  - HeldWide: many results. 96 KB, of which 192 lines are two lines of 31 pixels on either side of a tile.
-//  - HeldTall: up to 64 result channels, whose weight is most of what a tile reads. 72 KB where one filling is all (128
-//    bytes of channels), else 120 KB, which 8.6, 8.9 and 12.0 do not have. 384 lines leave room for 63 pixels.
-//  - HeldMiddle: in its place there, and in place of HeldWide for wider images: 256 lines, 88 KB.
-//  - HeldSmall: few results. 72 KB.
+// The pixels stay while the taps pass (conv_held), in two places where their channels take more than 128 bytes. Of L2
+// the weight is most, so that tall tiles come first. 3 x 3 taps of images W wide take, beside the weight's stages, a
+// place of 128 bytes for each of the tile's rows and 2 W + 2 pixels:
+//  - HeldTall: many results. 24 KB and the pixels: of one place, or of two where W is up to 20, 8.6, 8.9 and 12.0 have
+//    room for them too.
+//  - HeldWide: in its place there, up to 36 wide, where results have many channels. 48 KB and the pixels.
+//  - HeldMiddle: fewer results, and images of up to 84. 24 KB and the pixels.
+//  - HeldSmall: few results. 24 KB and the pixels.
+// and their weight's gradient (conv_held_weight):
+//  - HeldTaps: 3 x 3 taps at once, so that 64 + 32 elements come for each result and 64 x 288 sums; with twice as many
+//    sums a block, those of the shares would outweigh what is read. 25 KB and a ring of 20 KB for images of 56 x 56;
+//    6 warps of 32 x 96, 96 sums a thread: a second block on a multiprocessor would spill.
 // Few source channels (conv_few), whose whole weight stays on chip; 3 x 3 or 7 x 7 taps of 3 channels:
 //  - FewTall: up to 32 result channels. 42 or 52 KB.
 //  - FewWide: more of them. 50 or 70 KB, with float32's 5 stages of depth 86 KB.
@@ -47,17 +53,12 @@ using Wide = Shape<128, 128, 2, 4, 3, 1>;
 using Tall = Shape<128, 32, 4, 1, 3, 2>;
 using Small = Shape<64, 64, 2, 2, 3, 3>;
 using Flat = Shape<64, 128, 2, 4, 3, 1>;
-struct HeldWide : Wide {
-  static constexpr int kLines = 192;
-};
-struct HeldTall : Shape<256, 64, 4, 2, 3, 1> {
-  static constexpr int kLines = 384;
-};
-struct HeldMiddle : Shape<128, 64, 4, 2, 3, 1> {
-  static constexpr int kLines = 256;
-};
-struct HeldSmall : Shape<64, 64, 2, 2, 3, 2> {
-  static constexpr int kLines = 192;
+using HeldTall = Shape<256, 64, 4, 2, 3, 1>;
+using HeldWide = Wide;
+using HeldMiddle = Shape<128, 64, 4, 2, 3, 1>;
+using HeldSmall = Shape<64, 64, 2, 2, 3, 2>;
+struct HeldTaps : Shape<64, 288, 2, 3, 3, 1> {
+  static constexpr int kTaps = 9, kChannels = 32;
 };
 
 using FewTall = Shape<128, 32, 4, 1, 2, 2>;
@@ -71,12 +72,15 @@ int64_t tiles_of(int64_t rows, int64_t columns) {
   return (rows + S::kM - 1) / S::kM * ((columns + S::kN - 1) / S::kN);
 }
 
+// Whether so many blocks keep the device busy: where a quarter of it is left idle by large tiles, smaller ones would
+// bring up to twice as much from L2, and shares of the depth their sums.
+inline bool fills_device(int64_t blocks) { return 4 * blocks >= 3 * int64_t{multiprocessors()}; }
+
 // Calls f with the shape for `rows` x `columns` results, `batch` times.
 template <class F>
 void with_shape(int64_t rows, int64_t columns, int64_t batch, F&& f) {
-  const int64_t wanted = multiprocessors();
-  if (columns <= Tall::kN && tiles_of<Tall>(rows, columns) * batch >= wanted) return f(Tall{});
-  if (columns > Small::kN && tiles_of<Wide>(rows, columns) * batch >= wanted) return f(Wide{});
+  if (columns <= Tall::kN && fills_device(tiles_of<Tall>(rows, columns) * batch)) return f(Tall{});
+  if (columns > Small::kN && fills_device(tiles_of<Wide>(rows, columns) * batch)) return f(Wide{});
   return f(Small{});
 }
 
@@ -84,10 +88,9 @@ void with_shape(int64_t rows, int64_t columns, int64_t batch, F&& f) {
 template <class F>
 bool with_held(int64_t rows, int64_t columns, int64_t batch, F&& f) {
   const auto fills = [&](auto shape) {
-    return tiles_of<decltype(shape)>(rows, columns) * batch >= multiprocessors() && f(shape);
+    return fills_device(tiles_of<decltype(shape)>(rows, columns) * batch) && f(shape);
   };
-  if (columns > HeldTall::kN ? fills(HeldWide{}) : fills(HeldTall{})) return true;
-  return fills(HeldMiddle{}) || f(HeldSmall{});
+  return fills(HeldTall{}) || (columns > HeldMiddle::kN && fills(HeldWide{})) || fills(HeldMiddle{}) || f(HeldSmall{});
 }
 
 template <class F>
@@ -115,7 +118,7 @@ void with_weight_shape(int64_t rows, int64_t columns, F&& f) {
 inline int splits_for(int64_t blocks, int64_t steps) {
   constexpr int64_t kLeast = 4;
   const int64_t wanted = multiprocessors();
-  if (blocks >= wanted || steps < 2 * kLeast) return 1;
+  if (fills_device(blocks) || steps < 2 * kLeast) return 1;
   return static_cast<int>(std::min((wanted + blocks - 1) / blocks, steps / kLeast));
 }
 
@@ -224,14 +227,26 @@ struct Sums {
 #pragma unroll
     for (int k = 0; k < kStageDepth<typename C::Storage>; k += kDepth<C>) {
       if (k >= feed.depth()) break;
-      Fragment<C> b[kColumns];
+      if constexpr (kRows < kColumns) {  // held are the fragments that are fewer
+        Fragment<C> a[kRows];
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j) b[j] = feed.b(j, k);
+        for (int i = 0; i < kRows; ++i) a[i] = feed.a(i, k);
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        const Fragment<C> a = feed.a(i, k);
+        for (int j = 0; j < kColumns; ++j) {
+          const Fragment<C> b = feed.b(j, k);
 #pragma unroll
-        for (int j = 0; j < kColumns; ++j) fastnets::multiply<C>(sums[i][j][0], sums[i][j][1], a, b[j]);
+          for (int i = 0; i < kRows; ++i) fastnets::multiply<C>(sums[i][j][0], sums[i][j][1], a[i], b);
+        }
+      } else {
+        Fragment<C> b[kColumns];
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) b[j] = feed.b(j, k);
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+          const Fragment<C> a = feed.a(i, k);
+#pragma unroll
+          for (int j = 0; j < kColumns; ++j) fastnets::multiply<C>(sums[i][j][0], sums[i][j][1], a, b[j]);
+        }
       }
     }
   }

@@ -257,7 +257,7 @@ Partial shares(const ConvGradWeight& p, int64_t width, Workspace& workspace, Str
   w.window = window_of({forward_axis(s, 0), forward_axis(s, 1), forward_axis(s, 2)}, strides_of(true, x.pixel, s.in).at,
                        x.image);
   const int rows = static_cast<int>(s.out_channels), columns = to_int(taps * width, "elements of a filter");
-  const int64_t together = images_together(s), launches = together == 0 ? 1 : (s.batch + together - 1) / together;
+  const int64_t together = images_together(s), launches = launches_for(s);
   with_weight_shape(rows, columns, [&](auto shape) {
     using S = decltype(shape);
     w.tiles_m = (rows + S::kM - 1) / S::kM, w.tiles_n = (columns + S::kN - 1) / S::kN;
@@ -364,10 +364,11 @@ void grad_weight(const ConvGradWeight& p, Workspace& workspace, Stream stream) {
   with_arithmetic(p.shape.dtype, p.shape.tf32, [&](auto arithmetic) {
     using C = decltype(arithmetic);
     using T = typename C::Storage;
-    const std::optional<Partial> few = few_weight(p, workspace, stream);
-    const int64_t width = few || is_planes<T>(p) ? s.in_channels : padded<T>(s.in_channels);
-    const Partial partial = few ? *few : shares<C>(p, width, workspace, stream);
-    if (!workspace.counts()) add_shares<T>(p, partial, width, stream);
+    std::optional<Partial> partial = few_weight(p, workspace, stream);
+    const int64_t width = partial || is_planes<T>(p) ? s.in_channels : padded<T>(s.in_channels);
+    if (!partial) partial = held_weight(p, workspace, stream);
+    if (!partial) partial = shares<C>(p, width, workspace, stream);
+    if (!workspace.counts()) add_shares<T>(p, *partial, width, stream);
   });
 }
 

@@ -1,5 +1,6 @@
 """Convolution and transposed convolution with a fused epilogue: validation, autograd, fake kernels."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -98,8 +99,11 @@ def conv(
             f"dilation {dilation} for input {tuple(x.shape[-dims:])} with padding {padding}"
         )
     _expect_activation(activation)
-    _expect_residual(residual, (*x.shape[: -dims - 1], weight.shape[0], *size))
-    implementation = _select(x, dims, groups, transposed=False)
+    shape = (*x.shape[: -dims - 1], weight.shape[0], *size)
+    _expect_addressable(x, shape)
+    _expect_residual(residual, shape)
+    large = _is_large(x, weight, size, x.shape[-dims:], stride, before, dilation)
+    implementation = _select(x, dims, groups, large, transposed=False)
     if implementation.operators is None:
         return reference.conv(x, weight, bias, residual, stride, padding, dilation, groups, activation)
     return _run(
@@ -140,8 +144,11 @@ def conv_transpose(
     if any(n < 0 for n in size):
         raise ShapeError(f"padding: expected one that leaves an output, got {padding}, which leaves size {size}")
     _expect_activation(activation)
-    _expect_residual(residual, (*x.shape[: -dims - 1], weight.shape[1] * groups, *size))
-    implementation = _select(x, dims, groups, transposed=True)
+    shape = (*x.shape[: -dims - 1], weight.shape[1] * groups, *size)
+    _expect_addressable(x, shape)
+    _expect_residual(residual, shape)
+    large = _is_large(x, weight, x.shape[-dims:], size, stride, padding, dilation)
+    implementation = _select(x, dims, groups, large, transposed=True)
     if implementation.operators is None:
         options = stride, padding, past, groups, dilation
         return reference.conv_transpose(x, weight, bias, residual, *options, activation)
@@ -150,9 +157,18 @@ def conv_transpose(
     )
 
 
-def _select(x: Tensor, dims: int, groups: int, transposed: bool) -> dispatch.Implementation:
-    options = frozenset({"transposed"}) if transposed else frozenset()
+def _select(x: Tensor, dims: int, groups: int, large: bool, transposed: bool) -> dispatch.Implementation:
+    options = frozenset(name for name, used in (("transposed", transposed), ("large", large)) if used)
     return dispatch.select(dispatch.Case("conv", x.device.type, x.dtype, options, {"dims": dims, "groups": groups}))
+
+
+def _is_large(x: Tensor, weight: Tensor, results, positions, stride, padding, dilation) -> bool:
+    """Whether 32 bits cannot count it: 2^29 positions along a dimension, where padding and taps reach included, or
+    2^31 in an image, images or elements of the weight. `results`: the spatial size of the end that the stride is of."""
+    along = zip(positions, results, weight.shape[2:], stride, padding, dilation, strict=True)
+    return any(
+        n + p + d * (k - 1) >= 1 << 29 or r * s + p + d * (k - 1) >= 1 << 29 for n, r, k, s, p, d in along
+    ) or any(n >= 1 << 31 for n in (math.prod(positions), math.prod(results), x.shape[0], weight.numel()))
 
 
 def _run(implementation, dims, x, weight, bias, residual, transposed, *options) -> Tensor:
@@ -240,6 +256,8 @@ def _expect_options(stride: Sequence[int], padding: Sequence[int], dilation: Seq
     ):
         if any(n < least for n in values):
             raise ShapeError(f"{name}: expected values of at least {least}, got {tuple(values)} ({words})")
+        if any(n >= 1 << 60 for n in values):
+            raise ShapeError(f"{name}: expected values below 2^60, got {tuple(values)}")
 
 
 def _expect_tensors(dims: int, x, weight, bias, residual) -> None:
@@ -301,6 +319,11 @@ def _expect_channels(given: int, taken: int, out: int, bias: Tensor | None, grou
             f"bias: expected shape ({out},), got {tuple(bias.shape)} "
             f"(expected bias to be 1-dimensional with {out} elements)"
         )
+
+
+def _expect_addressable(x: Tensor, shape: tuple[int, ...]) -> None:
+    if math.prod(shape) * x.element_size() >= 1 << 63:
+        raise ShapeError(f"padding: expected a result of fewer than 2^63 bytes, got shape {shape}")
 
 
 def _expect_activation(activation: str | None) -> None:

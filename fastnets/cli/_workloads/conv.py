@@ -158,12 +158,15 @@ def probes() -> Iterator[Workload]:
 
         # Tiles are as many as the device's multiprocessors, 16, by groups; 1 x 1 brings every tap's pixels.
         many = {"groups": 16}
-        for name, kernel in (("gather", 1), ("held", 2)):
-            yield probe(f"{name} wide", (1, 128, 2, 2), (16 * 72, 8, kernel, 1), **many)
-            yield probe(f"{name} tall", (1, 128, 2, 2), (16 * 24, 8, kernel, 1), **many)
-            yield probe(f"{name} small", (1, 8, 3, 3), (72, 8, kernel, 1), channels_last=False)
-        # Two fillings do not leave room for the tallest tile.
-        yield probe("held middle", (1, 16 * 72, 2, 2), (16 * 24, 72, 2, 1), **many)
+        yield probe("gather wide", (1, 128, 2, 2), (16 * 72, 8, 1, 1), **many)
+        yield probe("gather tall", (1, 128, 2, 2), (16 * 24, 8, 1, 1), **many)
+        yield probe("gather small", (1, 8, 3, 3), (72, 8, 1, 1), channels_last=False)
+        yield probe("held tall", (1, 128, 2, 2), (16 * 24, 8, 2, 1), **many)
+        yield probe("held small", (1, 8, 3, 3), (72, 8, 2, 1), channels_last=False)
+        # Two fillings of so wide an image leave no room for the tallest tile.
+        yield probe("held wide", (1, 16 * 72, 2, 48), (16 * 72, 72, 3, 1), padding=(1, 0), **many)
+        yield probe("held middle", (1, 16 * 72, 2, 48), (16 * 24, 72, 3, 1), padding=(1, 0), **many)
+        yield probe("weight of many taps", (1, 32, 3, 3), (8, 32, 3, 3))
         yield probe("shares", (1, 8 * 64, 3, 3), (72, 8 * 64, 1, 1))
         yield probe("planes wide", (1, 16 * 72, 2, 4), (16 * 72, 72, 1, 1), channels_last=False, **many)
         yield probe("planes tall", (1, 16 * 72, 2, 4), (16 * 24, 72, 1, 1), channels_last=False, **many)

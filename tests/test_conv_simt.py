@@ -99,6 +99,28 @@ def test_tiles(device, dtype, channels, results, kernel, rows, columns, deep, ch
     assert device.counters()["conv_forward"]["mma"] == tiles * (rows // 16) * (columns // 8) * deep
 
 
+@pytest.mark.parametrize(("stride", "images"), [(1, 2), (2, 2), (1, 5)])
+def test_a_weights_gradient_reads_each_pixel_once_for_all_taps(device, stride, images):
+    device.set_multiprocessors(1)
+    x = torch.randint(-3, 4, (images, 32, 12, 16)).bfloat16().to(memory_format=torch.channels_last)
+    weight = torch.zeros(64, 32, 3, 3).bfloat16().to(memory_format=torch.channels_last).requires_grad_()
+    with fastnets.backend("simt"):
+        y = functional.conv2d(x, weight, padding=1, stride=stride)
+        grad = torch.randint(-1, 2, y.shape).to(y.dtype).to(memory_format=torch.channels_last)
+        (ours,) = torch.autograd.grad(y, weight, grad)
+    (theirs,) = torch.autograd.grad(
+        torch.nn.functional.conv2d(
+            x.float(), stock := weight.detach().float().requires_grad_(), padding=1, stride=stride
+        ),
+        stock,
+        grad.float(),
+    )
+    assert ours.equal(theirs.bfloat16())
+    counted = device.counters()["conv_grad_weight"]
+    assert counted["global_load_bytes"] == x.nbytes + grad.nbytes
+    assert counted["mma"] == -(-math.prod(y.shape) // 64 // 64) * (64 // 16) * (64 // 16) * (9 * 32 // 8)
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_shares_of_the_depth_in_every_schedule(device, seed, channels_last):

@@ -103,6 +103,8 @@ CASES = [
     *_both("2x17x3x12x9 -> 20, 1x3x3", (2, 17, 3, 12, 9), (20, 17, 1, 3, 3), padding=(0, 1, 1)),
     *_both("2x72x18x8 -> 40, 3x3, transposed", (2, 72, 18, 8), (72, 40, 3, 3), transposed=True, padding=1),
     *_both("2x3x23x21 -> 33, 7x7, stride 2", (2, 3, 23, 21), (33, 3, 7, 7), stride=2, padding=3),
+    *_both("2x33x13x11 -> 40, 3x3, stride 2", (2, 33, 13, 11), (40, 33, 3, 3), stride=2, padding=1),
+    *_both("2x32x9x8 -> 12, 5x4", (2, 32, 9, 8), (12, 32, 5, 4), padding=(2, 0)),
     *_both("2x64x9x11 -> 48, 1x1", (2, 64, 9, 11), (48, 64, 1, 1)),
     *_both("2x16x13x12 -> 24, 1x1, stride 2", (2, 16, 13, 12), (24, 16, 1, 1), stride=2),
     *_both("2x8x14x9 -> 40, 2x5, mixed", (2, 8, 14, 9), (40, 8, 2, 5), stride=(3, 2), padding=(1, 4), dilation=(2, 1)),
@@ -119,6 +121,7 @@ CASES = [
     *_both("2x33x50, 4, depthwise", (2, 33, 50), (33, 1, 4), padding=3, groups=33),
     conv_case("1x2x1500 -> 3, 9", (1, 2, 1500), (3, 2, 9), padding=4),
     *_both("2x5x6x7x8 -> 18, 3x3x3", (2, 5, 6, 7, 8), (18, 5, 3, 3, 3), padding=1),
+    *_both("2x24x4x5x3 -> 9, 3x3x3", (2, 24, 4, 5, 3), (9, 24, 3, 3, 3), padding=1),
     *_both("1x4x9x6x5 -> 6, 2x3x1, stride 2", (1, 4, 9, 6, 5), (6, 4, 2, 3, 1), stride=(2, 1, 2), dilation=(1, 2, 1)),
     *_both("1x18x5x6x7, 3x3x3, depthwise", (1, 18, 5, 6, 7), (18, 1, 3, 3, 3), padding=1, groups=18),
     *[

@@ -1,10 +1,12 @@
 """Convolution: a few shapes of each kind, and with `--networks` every one of ResNet-50, MobileNet-V2 and our networks.
 
-The SIMT device has 16 multiprocessors, an eighth of a large GPU. So a batch of 32 is run as 4 images, with the tiles
-and the shares of the depth that 32 have on 128 multiprocessors; as fewer, where these have 4096 results already: 16 of
-the tallest tiles. The weight counts once, and so does laying it out anew: all images share it.
+A batch of 32 on 128 multiprocessors, a large GPU, is run as some of its images on as many times 4 multiprocessors, with
+the tiles and the shares of the depth that the whole has: as many as give 4096 results, 16 of the tallest tiles, but no
+more than 4, and of small images, whose tiles and weights are few or large beside them, 8 (14 x 14) or all (7 x 7). The
+weight counts once, and so does laying it out anew: all images share it.
 """
 
+import contextlib
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -27,9 +29,21 @@ def _conv(
     tf32: bool = False,
     first: bool = False,
     activation: str | None = None,
+    multiprocessors: int = 16,
     **options,
 ) -> Workload:
     """`first`: a network's first layer, whose input needs no gradient."""
+
+    @contextlib.contextmanager
+    def within() -> Iterator[None]:
+        from ... import _simt
+
+        former = _simt.multiprocessors()
+        _simt.set_multiprocessors(multiprocessors)
+        try:
+            yield
+        finally:
+            _simt.set_multiprocessors(former)
 
     def inputs() -> dict[str, Tensor]:
         drawn = {"x": torch.randn(*x, dtype=dtype), "weight": torch.randn(*weight, dtype=dtype)}
@@ -56,6 +70,7 @@ def _conv(
         common=frozenset({"weight"}),
         once=frozenset({"conv_arrange"} if channels_last and x[1] > 1 else ()),  # NCHW: of images, too
         gradients=(of_weight,) if first else (of_x, of_weight),
+        within=within,
     )
 
 
@@ -63,7 +78,7 @@ def _layer(network: str, channels: int, size: int, results: int, kernel: int, st
     """A layer on square images as networks have them, of a batch of BATCH."""
     groups, padding = more.get("groups", 1), more.pop("padding", kernel // 2)
     out = (size + 2 * padding - kernel) // stride + 1
-    images = min(4, -(-4096 // (out * out)))
+    images = min(32 if out <= 7 else 8 if out <= 14 else 4, -(-4096 // (out * out)))
     name = f"{network} {BATCH}x{channels}x{size}x{size} -> {results}, {kernel}x{kernel}"
     name += (f"/{stride}" if stride > 1 else "") + (", depthwise" if groups > 1 else "")
     return _conv(
@@ -71,6 +86,7 @@ def _layer(network: str, channels: int, size: int, results: int, kernel: int, st
         (images, channels, size, size),
         (results, channels // groups, kernel, kernel),
         copies=BATCH // images,
+        multiprocessors=4 * images,
         stride=stride,
         padding=padding,
         first=channels <= 3,
@@ -164,9 +180,9 @@ def probes() -> Iterator[Workload]:
         yield probe("held tall", (1, 128, 2, 2), (16 * 24, 8, 2, 1), **many)
         yield probe("held small", (1, 8, 3, 3), (72, 8, 2, 1), channels_last=False)
         # Two fillings of so wide an image leave no room for the tallest tile.
-        yield probe("held wide", (1, 16 * 72, 2, 48), (16 * 72, 72, 3, 1), padding=(1, 0), **many)
-        yield probe("held middle", (1, 16 * 72, 2, 48), (16 * 24, 72, 3, 1), padding=(1, 0), **many)
-        yield probe("weight of many taps", (1, 32, 3, 3), (8, 32, 3, 3))
+        yield probe("held wide", (1, 16 * 72, 2, 30), (16 * 72, 72, 3, 1), padding=(1, 0), **many)
+        yield probe("held middle", (1, 16 * 72, 2, 30), (16 * 24, 72, 3, 1), padding=(1, 0), **many)
+        yield probe("weight of held taps", (1, 32, 3, 3), (8, 32, 3, 3), padding=1)
         yield probe("shares", (1, 8 * 64, 3, 3), (72, 8 * 64, 1, 1))
         yield probe("planes wide", (1, 16 * 72, 2, 4), (16 * 72, 72, 1, 1), channels_last=False, **many)
         yield probe("planes tall", (1, 16 * 72, 2, 4), (16 * 24, 72, 1, 1), channels_last=False, **many)

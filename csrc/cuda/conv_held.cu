@@ -66,7 +66,7 @@ class HeldFeed {
     if (tap == 0 || step == begin_) {
       int by[3];
       g.window.tap(taps, by);
-      const int from = first(by), count = end(by) - from;
+      const int from = first(by), count = min(end(by) - from, p_.pixel_bytes / kStageBytes);
       const A a = pixels(filling);
 #pragma unroll 4
       for (int line = Filter::line(); line < count; line += kStep) {
@@ -186,14 +186,17 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) conv_held(Held p) {
 constexpr int kMostTaps = 32;  // bits
 
 // How many pixels `rows` results in a row may meet at a filling's taps, from the first to the last one. Where results
-// are fewer along a dimension than pixels, each end of it that they pass adds the pixels that are met by none.
+// are fewer along a dimension than pixels, each end of it that they pass adds the pixels that are met by none. Where
+// the first result lies past the end of a dimension, those before the first one that is met are brought, too: as many
+// as results lie there. (What follows the last one, up to where the next result's line, plane or image begins, is not.)
 int64_t lines_for(const Phase& phase, const int (&span)[3], int64_t rows) {
   int64_t lines = rows, results = 1, pixels = 1;
   for (int d = 2; d >= 0; --d) {
     const Axis& axis = phase.axes[d];
     results *= axis.count;
     const int64_t ends = (rows - 1 + results - 1) / results;
-    lines += (ends * std::max<int64_t>(axis.extent - axis.count, 0) + span[d]) * pixels;
+    const int64_t past = axis.offset + axis.span() - span[d] + axis.count - axis.extent;
+    lines += (ends * std::max<int64_t>(axis.extent - axis.count, 0) + span[d] + std::max<int64_t>(past, 0)) * pixels;
     pixels *= axis.extent;
   }
   return lines;

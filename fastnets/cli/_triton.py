@@ -45,8 +45,10 @@ class Compiled(NamedTuple):
     shared: int
     """Bytes of shared memory of a block."""
     threads: int
-    products: bool
-    """Whether the kernel's source multiplies matrices."""
+    multiplies: str | None
+    """What multiplies matrices: mma, wgmma or tcgen05; None where the source has no products."""
+    copies_ahead: bool
+    """Whether products' operands are to be copied to shared memory ahead of them."""
     operations: float | None
     """Of a turn of the main loop, a warp's share; None where its products are not known from the tile."""
 
@@ -178,8 +180,16 @@ def compiled(launch: Launch) -> Compiled:
     warps = made.metadata.num_warps
     each = _OPERATIONS.get(kernel.__name__)
     operations = None if each is None else each(launch.options) / warps
-    return Compiled(figures, made.metadata.shared, 32 * warps, "tt.dot" in made.asm["ttir"], operations)
+    multiplies = None
+    if "tt.dot" in made.asm["ttir"]:
+        found = (name for name, operation in _MULTIPLIES.items() if operation in made.asm["ttgir"])
+        multiplies = next(found, "mma")
+    # A gather of single elements of 2 bytes is too narrow to be copied asynchronously.
+    ahead = multiplies is not None and made.metadata.num_stages > 1 and not launch.options.get("FLAT", False)
+    return Compiled(figures, made.metadata.shared, 32 * warps, multiplies, ahead, operations)
 
+
+_MULTIPLIES = {"tcgen05": "ttng.tc_gen5_mma", "wgmma": "ttng.warp_group_dot"}
 
 # Operations of a turn of the main loop, by the tile; where float32 rows are multiplied in chunks, that loop is it.
 _OPERATIONS: dict[str, Callable[[dict], float]] = {
@@ -215,27 +225,24 @@ PAIRS = (
     ),
     *(
         Pair(
-            f"attention backward, D {d}{of}",
-            f"attention::gradients<Bf16, {d}, false, 0>",
+            f"attention backward, D {d}, {of}",
+            f"attention::gradients<Bf16, {d}, false, {own}>",
             f"attention_backward_{side} bfloat16 D{d} causal",
         )
         for d in (64, 128, 256)
-        for side, of in (("keys", ""), ("queries", ", q's part"))
+        for own, side, of in ((1, "keys", "of k and v"), (0, "queries", "of q"))
     ),
-    *(
-        Pair(f"convolution, {n} channels", f"conv::conv_{kernel}<Bf16, {shape}", f"conv_gather bfloat16 {n}x56x56")
-        for n, kernel, shape in ((64, "held", "Shape<128, 64"), (256, "held", "Shape<128, 128"))
-    ),
-    *(
-        Pair(f"convolution, grad weight, {n} channels", f"conv::conv_weight<Bf16, {shape}", f"conv_weight bfloat16 {n}")
-        for n, shape in ((64, "Shape<64, 64"), (256, "Shape<128, 128"))
-    ),
+    Pair("convolution 3x3, 64 channels", "conv::conv_held<Bf16, HeldTall>", "conv_gather bfloat16 64x56x56"),
+    Pair("convolution 3x3, 256 channels", "conv::conv_held<Bf16, HeldMiddle>", "conv_gather bfloat16 256x56x56"),
+    Pair("grad weight, 64 channels", "conv::conv_held_weight<Bf16, HeldTaps>", "conv_weight bfloat16 64x56x56"),
+    Pair("grad weight, 256 channels", "conv::conv_held_weight<Bf16, HeldTaps>", "conv_weight bfloat16 256x56x56"),
     Pair("LSTM forward, H 64", "recurrent::forward<Bf16, 16>", "recurrent_persistent bfloat16 lstm H64"),
     Pair("LSTM backward, H 64", "recurrent::backward<Bf16, 16>", "recurrent_backward_persistent bfloat16 lstm H64"),
     Pair("softmax of 1000", "softmax::forward_held<BFloat16, 8, 256>", "softmax_forward bfloat16 4096x1000"),
     Pair("softmax backward", "softmax::backward_held<BFloat16, 8, 256>", "softmax_backward bfloat16 4096x1000"),
 )
-"""What is compared side by side, in bfloat16; CUDA's backward pass of attention is one kernel, Triton's two."""
+"""What is compared side by side, in bfloat16. CUDA's kernel of attention's k and v finds q's gradient too, unless torch
+asks for deterministic sums; Triton's are always two."""
 
 _MMA = 2 * 16 * 8 * 16  # operations of the mma.sync that csrc/cuda uses in 16 bits
 
@@ -250,13 +257,14 @@ def beside(of_cuda: Sequence[Mapping[str, Any]], of_triton: Sequence[Compiled]) 
         ours = {k["arch"]: k for k in reversed(of_cuda) if k["name"].startswith(cuda)}
         theirs = {one.kernel.arch: one for one in reversed(of_triton) if one.kernel.signature.startswith(triton)}
         for arch in (arch for arch in ARCHITECTURES if arch in ours and arch in theirs):
-            mine, (kernel, shared, _, products, operations) = ours[arch], theirs[arch]
+            mine, one = ours[arch], theirs[arch]
+            kernel = one.kernel
             yield (
                 *(what, arch, str(mine["registers"]), _or_dash(mine["shared"]), _density(mine)),
                 f"{1e6 / _MMA:.0f}" if mine["tensor"] else "-",
-                *(str(kernel.registers), str(shared)),
+                *(str(kernel.registers), str(one.shared)),
                 _density({"tensor": kernel.tensor, "loop_instructions": kernel.loop_instructions}),
-                f"{1e6 * kernel.tensor / operations:.0f}" if products and operations else "-",
+                f"{1e6 * kernel.tensor / one.operations:.0f}" if one.multiplies and one.operations else "-",
             )
 
 
@@ -290,6 +298,8 @@ def complaint(of: Compiled) -> str | None:
         return f"{kernel.spills} spills, {kernel.stack} bytes of stack"
     if of.shared > _SHARED[kernel.arch]:
         return f"{of.shared} bytes of shared memory"
-    if of.products and kernel.tensor == 0:
+    if of.multiplies and kernel.tensor == 0:
         return "no tensor-core instructions"
+    if of.copies_ahead and kernel.async_copies == 0:
+        return "no asynchronous copies"
     return None

@@ -4,6 +4,7 @@ import argparse
 import concurrent.futures
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--triton",
         action="store_true",
         help="also compile the Triton kernels, for " + ", ".join(_triton.ARCHITECTURES) + "; exit status 1 where one "
-        "spills, has no tensor-core instructions for its products or needs too much shared memory",
+        "spills, has no tensor-core instructions or no asynchronous copies for its products, or needs too much "
+        "shared memory",
     )
     parser.add_argument("--static", action="store_true", help="machine code only, no shapes on the SIMT device")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write every figure to FILE")
@@ -95,7 +97,9 @@ def run(args: argparse.Namespace) -> int:
     for kernel, words in complaints:
         out.print(f"{kernel.name}, {kernel.arch}: {words}", style="red")
     if compiled:
+        by = Counter(f"{one.kernel.arch} {one.multiplies}" for one in compiled if one.multiplies)
         out.print(f"Triton: {len(compiled)} kernels compiled, {len(compiled) - len(complaints)} without a complaint")
+        out.print("Products by " + ", ".join(f"{name}: {count}" for name, count in by.items()))
     return 1 if complaints else 0
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastnets
 from fastnets import dispatch
@@ -264,6 +265,25 @@ def test_directions_at_once_give_the_bits_of_each_alone(device, cell, seed):
         ]
         mine, true = (gradients([t for own in found for t in own if t is not None]) for found in (at_once, alone))
     assert all(map(torch.equal, mine, true))
+
+
+@pytest.mark.parametrize(
+    ("cell", "options"), [*((cell, "plain") for cell in CELLS), ("lstm", "projected"), ("lstm", "norm")]
+)
+def test_fake_kernels_know_the_shapes_of_both_directions(device, cell, options):
+    """What torch.compile is told: the operators have no kernels for CPU tensors in their own library."""
+    x, *own = _operands(cell, proj=7 if options == "projected" else 0)
+    own = [*own, torch.randn(60), torch.randn(200) if options == "norm" else None, None, None, None]
+    own = own if options == "norm" else [*own[:7], *([None] * 5)]
+    index = CELLS.index(cell)
+    forward = torch.ops.fastnets_simt.recurrent_forward_both(x, own, own, None, index, False, True)
+    behind = [[None, None, None, forward[first], *forward[first + 3 : first + 5]] for first in (0, 5)]
+    backward = torch.ops.fastnets_simt.recurrent_backward_both(x, own, own, *behind, None, index, False, True, True)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        faked = torch.ops.fastnets.recurrent_forward_both(x, own, own, None, index, False, True)
+        faked_back = torch.ops.fastnets.recurrent_backward_both(x, own, own, *behind, None, index, False, True, True)
+    for real, fake in zip((*forward, *backward), (*faked, *faked_back), strict=True):
+        assert (real.shape, real.dtype, real.stride()) == (fake.shape, fake.dtype, fake.stride())
 
 
 def test_directions_that_differ_are_refused_by_the_operator(device):

@@ -202,7 +202,8 @@ def _grid() -> Iterator[Case]:
         if cell == "lstm" and hidden > 1 and place % 3 == 0:
             options = {**options, "proj": (hidden + 2) // 3}
         if cell == "rnn_relu":  # a unit that rounding puts on the other side of the bend is a gradient more or less
-            options = {**options, "draws": 32 if hidden < 64 else 8}
+            few = steps * batch * hidden <= _FEW_UNITS
+            options = {**options, "draws": 8 if few or hidden >= 64 else 32}
         yield _case(cell, steps, batch, 6, hidden, **options, quick=False, suite=False)
 
 

@@ -70,7 +70,7 @@ const Shape kShapes[] = {
      kLarge,
      false,
      Options::kElementwise},
-    {"lstm, norm", Cell::kLstm, false, 3, 3, 17, 0, {}, true, false, 3, kLarge, false, Options::kNorm},
+    {"lstm, norm", Cell::kLstm, false, 3, 3, 17, 0, {}, true, false, 1, kLarge, false, Options::kNorm},
     {"lstm, all options",
      Cell::kLstm,
      true,

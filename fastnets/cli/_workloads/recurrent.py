@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...ops.recurrent import GATES, recurrent
+from ...reference.recurrent import PLAIN, Variant
 from .counting import DTYPES, Workload
 
 _MULTIPROCESSORS, _SHARED = 108, 163 << 10  # an A100's
@@ -46,8 +47,8 @@ def _inputs(cell: str, steps: int, batch: int, hidden: int, proj: int, dtype: to
     return {name: torch.randn(shape, dtype=dtype) for name, shape in shapes.items() if shape}
 
 
-def _call(cell: str, **drawn: Tensor) -> Tensor:
-    return recurrent(**{"c0": None, **drawn}, cell=cell)[0]
+def _call(cell: str, variant: Variant = PLAIN, **drawn: Tensor) -> Tensor:
+    return recurrent(**{"c0": None, **drawn}, cell=cell, variant=variant)[0]
 
 
 def _step(cell: str, batch: int, hidden: int, dtype: torch.dtype, tf32: bool = False) -> Workload:
@@ -86,16 +87,19 @@ def workloads() -> Iterator[Workload]:
 
 
 def probes() -> Iterator[Workload]:
-    """Every arithmetic and number of rows: one by one, 8, 16, 32."""
+    """Every arithmetic and number of rows (one by one, 8, 16, 32), plain and with options; layer norm's one number."""
+    hidden, clipped = 256, Variant(clip=1.0)
     for dtype, tf32 in (*((dtype, False) for dtype in DTYPES), (torch.float32, True)):
-        for batch in (1, 8, 9, 17):
+        kinds = [(batch, options) for options in (PLAIN, clipped) for batch in (1, 8, 9, 17)]
+        kinds += [] if tf32 else [(9, Variant(norm=torch.ones(10 * hidden, dtype=dtype)))]
+        for batch, variant in kinds:
             yield Workload(
                 op="recurrent",
-                name=f"{batch} rows",
+                name=", ".join((f"{batch} rows", *variant.names)),
                 dtype=dtype,
                 copies=1,
-                inputs=lambda batch=batch, dtype=dtype: _inputs("lstm", 2, batch, 256, 8, dtype),
-                call=functools.partial(_call, "lstm"),
+                inputs=lambda batch=batch, dtype=dtype: _inputs("lstm", 2, batch, hidden, 8, dtype),
+                call=functools.partial(_call, "lstm", variant),
                 within=functools.partial(_a100, tf32),
                 exponentials=0,
             )

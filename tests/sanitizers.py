@@ -191,13 +191,17 @@ class Verdict(NamedTuple):
     """The first run that noticed, or None."""
     proof: str | None
     """Why the statement may be missing, where redundant.json lists it."""
+    complete: bool
+    """Whether every family that has the statement was asked."""
 
     @property
     def good(self) -> bool:
-        return (self.outcome is None) == (self.proof is not None)
+        if self.outcome is None:
+            return self.proof is not None or not self.complete
+        return self.proof is None
 
 
-def try_without(statement: mutants.Statement, names: Iterable[str]) -> Verdict:
+def try_without(statement: mutants.Statement, names: Sequence[str]) -> Verdict:
     """Runs the kernels without a statement until a run notices."""
     noticed = None
     for run in mutant_runs(statement, names):
@@ -206,7 +210,8 @@ def try_without(statement: mutants.Statement, names: Iterable[str]) -> Verdict:
             noticed = outcome
             break
     proof = next((entry.proof for entry in mutants.redundant() if entry.is_about(statement)), None)
-    return Verdict(statement, noticed, proof)
+    complete = all(family in names for family in families() if ROOT / statement.file in _read_by(family))
+    return Verdict(statement, noticed, proof, complete)
 
 
 def stale_entries(statements: Sequence[mutants.Statement]) -> list[mutants.Redundant]:
@@ -270,8 +275,12 @@ def _print_verdicts(console: Console, verdicts: Sequence[Verdict]) -> None:
             row = (f"{outcome.run.family}, {outcome.run.mode}", outcome.noticed)
             if verdict.proof is not None:
                 row = (row[0], f"LISTED AS REDUNDANT, and yet: {row[1]}")
+        elif verdict.proof is not None:
+            row = ("nothing", f"redundant: {verdict.proof}")
+        elif not verdict.complete:
+            row = ("nothing here", "other families have it, too")
         else:
-            row = ("nothing", f"redundant: {verdict.proof}" if verdict.proof else "NOT NOTICED, not listed")
+            row = ("nothing", "NOT NOTICED, not listed")
         table.add_row(where, statement.text.split("  //")[0], *row, style=None if verdict.good else "red")
     console.print(table)
 

@@ -202,6 +202,7 @@ CASES = [
     _weights("weights, dropout, D72, Dv 136", (1, 2, 1, 33, 70, 72, 136), dropout=0.3),
     _ours("L33x70 D192, Dv 128, bias, soft cap", (1, 2, 2, 33, 70, 192, 128), (33, 70), softcap=5.0),
     _ours("L33x70 D256, window, ALiBi", (1, 2, 2, 33, 70, 256, 256), slopes=True, window_size=(20, 10)),
+    _ours("L70x600, bias, soft cap, grouped", (1, 2, 1, 70, 600, 16, 16), (70, 600), softcap=4.0, quick=False),
     _case("L1x1000 D128, 8 heads on 2", (1, 8, 2, 1, 1000, 128, 128)),
     # What docs/benchmarks times against torch.
     _case("B8 H8 L128 D64", _square(8, 8, 128), quick=False, benchmark=_FLOAT32),

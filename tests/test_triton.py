@@ -77,7 +77,7 @@ class _Attention(torch.nn.Module):
         ("recurrent_forward", fastnets.nn.LSTM(4, 6, layer_norm=True, zoneout_c=0.1).eval(), (3, 2, 4)),
     ],
 )
-def test_every_family_in_a_graph(operator, module, sizes, monkeypatch):
+def test_every_family_in_a_graph(operator, module, sizes):
     """Exported and compiled, without a break and with gradients, as operators of their own."""
     x = torch.randn(sizes, requires_grad=True)
     torch._dynamo.reset()
@@ -93,8 +93,7 @@ def test_every_family_in_a_graph(operator, module, sizes, monkeypatch):
     def first(outputs):
         return outputs if isinstance(outputs, torch.Tensor) else outputs[0]
 
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    with fastnets.backend("triton"):
+    with torch.backends.cudnn.flags(allow_tf32=False), fastnets.backend("triton"):
         exported = torch.export.export(module, (x,))
         of_export = first(exported.module()(x))
         ours = first(torch.compile(module, fullgraph=True, backend=backend)(x))

@@ -37,7 +37,12 @@ _TILES[9] = {
         256: ((128, 64, 8, 2), (32, 64, 8, 1))},
     4: _TILES[8][4],
 }  # fmt: skip
-_TILES[10], _TILES[12] = _TILES[9], _TILES[8]
+# tcgen05's accumulators pass through registers whenever they are scaled: smaller tiles than 9.0's, which spilled.
+_TILES[10] = {
+    2: {**_TILES[9][2], 128: ((128, 64, 8, 2), (128, 64, 8, 2)), 256: ((64, 64, 8, 1), (32, 64, 8, 1))},
+    4: _TILES[8][4],
+}
+_TILES[12] = _TILES[8]
 _FEW = 16  # queries of a tile where there are no more
 
 

@@ -57,8 +57,10 @@ _TILES_QUERIES[9] = {
         256: ((32, 64, 8, 1), (32, 32, 8, 1))},
     4: _TILES_QUERIES[8][4],
 }  # fmt: skip
+_TILES_KEYS[10] = {2: {**_TILES_KEYS[9][2], 128: ((32, 64, 8, 1), (64, 32, 8, 1))}, 4: _TILES_KEYS[8][4]}
+_TILES_QUERIES[10] = _TILES_QUERIES[9]
 for _table in (_TILES_KEYS, _TILES_QUERIES):
-    _table[10], _table[12] = _table[9], _table[8]
+    _table[12] = _table[8]
 
 
 @triton.jit

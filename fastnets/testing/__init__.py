@@ -48,6 +48,10 @@ class Case:
     """Ours, called with the inputs as keywords; returns a tensor or a (nested) tuple of tensors."""
     peer: Callable[..., Any] | None = None
     """PyTorch's own for the same inputs, the measure and the rival; None where it has none (then our reference)."""
+    as_found: Callable[[dict[str, Tensor]], Callable[..., Any]] | None = None
+    """Of a function with bends (relu): from a run's results by name, the function that is smooth, on the side of every
+    bend on which that run was. Rounding may put a value that is all but on a bend on either side, which its results
+    hardly show and its gradients do: so a run's gradients are held against those of this function."""
     constant: frozenset[str] = frozenset()
     """Floating inputs without gradient."""
     draws: int = 1
@@ -147,13 +151,15 @@ def check(case: Case, dtype: torch.dtype, backend: str, *, seed: int = 0) -> Out
             warnings.simplefilter("ignore", UserWarning)  # PyTorch's, of its own slow or odd cases
             with dispatch.backend(backend):
                 both_ways = case.two_ways and backend in ("cuda", "simt")
-                _append(ours, _run(case, case.function, drawn, dtype, dtype, device, draw, both_ways))
+                mine = _run(case, case.function, drawn, dtype, dtype, device, draw, both_ways)
             with dispatch.backend("reference"):
-                true = _run(case, case.function, drawn, dtype, torch.float64, device, draw)
+                theirs = _run(case, peer, drawn, measured_in, measured_in, device, draw)
+                true = _true(case, drawn, dtype, device, draw, mine)
+                _append(ours, mine)
                 _append(truth, true)
-                _append(measured, _run(case, peer, drawn, measured_in, measured_in, device, draw))
-                if measured_in != dtype:
-                    true = _run(case, case.function, drawn, measured_in, torch.float64, device, draw)
+                _append(measured, theirs)
+                if measured_in != dtype or case.as_found is not None:
+                    true = _true(case, drawn, measured_in, device, draw, theirs)
                 _append(exact, true)
     scale = torch.finfo(dtype).eps / torch.finfo(measured_in).eps
     worst = Outcome(0.0, 0.0, "no output")
@@ -246,6 +252,15 @@ def _run(
         for (name, leaf), grad in zip(leaves.items(), found, strict=True):
             outputs[f"gradient of {name}{way}"] = torch.zeros_like(leaf) if grad is None else grad
     return {name: out.detach().cpu() for name, out in outputs.items()}
+
+
+def _true(case: Case, drawn: Inputs, rounded: torch.dtype, device: str, seed: int, found: dict[str, Tensor]):
+    """Outputs and gradients in float64, to hold what was found against."""
+    true = _run(case, case.function, drawn, rounded, torch.float64, device, seed)
+    if case.as_found is None:
+        return true
+    same_side = _run(case, case.as_found(found), drawn, rounded, torch.float64, device, seed)
+    return {name: t if name.startswith("output") else same_side[name] for name, t in true.items()}
 
 
 def flatten(value: Any) -> list[Tensor]:

@@ -157,14 +157,14 @@ def recurrent_both(
         TypeError, ValueError: naming the argument.
     """
     dtypes = ahead.h0.dtype, back.h0.dtype
-    lowered, ahead = _checked(x, ahead, lengths, cell)
+    x, ahead = _checked(x, ahead, lengths, cell)
     x, back = _checked(x, back, lengths, cell)
     implementation = _select(x, ahead, cell)
     alike = ahead.h0.shape == back.h0.shape and ahead.variant[5:] == back.variant[5:]
     alike = alike and ahead.variant.names == back.variant.names and (ahead.w_hr is None) == (back.w_hr is None)
     if not (implementation.both and alike):
         return [
-            _run(implementation, lowered, own, lengths, cell, reverse, dtype)
+            _run(implementation, x, own, lengths, cell, reverse, dtype)
             for own, reverse, dtype in ((ahead, False, dtypes[0]), (back, True, dtypes[1]))
         ]
     inputs = (x, *ahead[:7], *ahead.variant[:5], *back[:7], *back.variant[:5])

@@ -125,9 +125,7 @@ def _case(
             "w_hr": draw(proj, hidden, scale=scale) if proj else None,
             "lengths": None,
         }
-        if (
-            cell == "rnn_relu"
-        ):  # torch's initial values: in 37 steps of a weight above 1 a state grows out of every dtype
+        if cell == "rnn_relu":  # as torch's initial ones: in 37 steps a weight above 1 outgrows every dtype
             drawn["w_hh"] = scale * (2 * torch.rand(gates, outputs, generator=generator, dtype=torch.float64) - 1)
         if lengths:
             drawn["lengths"] = torch.randint(0, steps + 1, (batch,), generator=generator)

@@ -119,6 +119,7 @@ void gather(const Phase& phase, int64_t repeat, int64_t passes) {
   const ConvShape& s = phase.p.shape;
   if (s.groups > 1 && s.in_channels == 1) return depthwise_gather(phase, repeat, passes);
   if (winograd_pays(phase)) return winograd_gather(phase);
+  if (planes_pay(phase)) return planes_gather(phase);
   with_storage(s.dtype, [&](auto kind) { gather_blocks<Compute<decltype(kind)>, decltype(kind)>(phase); });
 }
 

@@ -380,6 +380,14 @@ void gather_block(const Phase& phase, const Block& block, int64_t image, int64_t
 bool winograd_pays(const Phase& phase);
 void winograd_gather(const Phase& phase);
 
+// The weight's gradient by Winograd's algorithm; false where that does not pay, or where a sum is not finite: the
+// transforms spread an infinite source over more sums than it is part of.
+bool winograd_grad_weight(const ConvGradWeight& p, const Axis (&axes)[3]);
+
+// The gather with pixels as lanes, where that pays.
+bool planes_pay(const Phase& phase);
+void planes_gather(const Phase& phase);
+
 // The gather where every result channel takes one source channel: with `passes` = 1 channel k takes k / repeat, else
 // channel c the sum of c * passes, c * passes + 1, ...
 void depthwise_gather(const Phase& phase, int64_t repeat, int64_t passes);

@@ -184,6 +184,7 @@ void conv_grad_weight(const ConvGradWeight& p) {
                   s.kernel[0] * s.kernel[1] * s.kernel[2] * s.in_channels,
                   1,
                   1};
+  if (winograd_grad_weight(p, problem.axes)) return;
   with_storage(s.dtype, [&](auto kind) { grad_weight<Compute<decltype(kind)>, decltype(kind)>(problem); });
 }
 

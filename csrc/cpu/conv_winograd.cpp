@@ -1,51 +1,27 @@
-// 3x3 convolution of stride 1 by Winograd's F(4x4, 3x3): 36 products a channel pair for 16 results in place of 144.
-//
-// The points are 0, +-3/4, +-3/2 and infinity (Lavin and Gray, https://arxiv.org/abs/1509.09308, have 0, +-1, +-2): the
-// transforms cost the same and lose two to four times less accuracy (Barabasz et al.,
-// https://arxiv.org/abs/1803.10986). Results come in 4x4 tiles; a strip is a row of tiles of one image, and a block,
-// what a thread does at once, some strips: their transformed source stays in the second-level cache while the panels of
-// the transformed weight pass by.
-#include "conv.h"
+// 3x3 convolution of stride 1 by Winograd's algorithm (winograd.h). A block, what a thread does at once, is some
+// strips: their transformed source stays in the second-level cache while the panels of the transformed weight pass by.
+#include "winograd.h"
 
 namespace fastnets::FASTNETS_ISA {
 namespace {
 
-constexpr int kOut = 4, kTaps = 3, kIn = kOut + kTaps - 1, kPoints = kIn * kIn;
 constexpr int kProductRows = kTileRows / 2;  // as many registers hold the sums twice
 constexpr int64_t kBlockTiles = 8 * kProductRows;
 constexpr int64_t kSumDepth = 8;
-constexpr int64_t kPad = 16;  // elements between planes, so that they do not meet in the same sets of the cache
 
 constexpr int64_t kLeastChannels = 16, kLeastTiles = 16;  // for the transforms to pay
-
-constexpr double kP = 0.75, kQ = 1.5, kP2 = kP * kP, kQ2 = kQ * kQ;
-
-// [6] -> [6]: the polynomial d modulo each factor of x (x^2 - p^2) (x^2 - q^2), and its highest coefficient.
-template <class T>
-FASTNETS_INLINE void source_transform(const Vec<T> (&d)[kIn], Vec<T> (&t)[kIn]) {
-  const auto c = [](double x) { return broadcast<T>(static_cast<T>(x)); };
-  const Vec<T> even_p = fma<T>(c(-kQ2), d[2], d[4]), odd_p = fma<T>(c(-kQ2), d[1], d[3]);
-  const Vec<T> even_q = fma<T>(c(-kP2), d[2], d[4]), odd_q = fma<T>(c(-kP2), d[1], d[3]);
-  t[0] = fma<T>(c(kP2 * kQ2), d[0], fma<T>(c(-kP2 - kQ2), d[2], d[4]));
-  t[1] = fma<T>(c(kP), odd_p, even_p);
-  t[2] = fma<T>(c(-kP), odd_p, even_p);
-  t[3] = fma<T>(c(kQ), odd_q, even_q);
-  t[4] = fma<T>(c(-kQ), odd_q, even_q);
-  t[5] = fma<T>(c(kP2 * kQ2), d[1], fma<T>(c(-kP2 - kQ2), d[3], d[5]));
-}
 
 // [3] -> [6]: the polynomial g at the points, over the product of each point's distances from the others.
 template <class T>
 FASTNETS_INLINE void weight_transform(const Vec<T> (&g)[kTaps], Vec<T> (&t)[kIn]) {
   const auto c = [](double x) { return broadcast<T>(static_cast<T>(x)); };
-  constexpr double at_p = 1 / (2 * kP2 * (kP2 - kQ2)), at_q = 1 / (2 * kQ2 * (kQ2 - kP2));
-  const Vec<T> even_p = fma<T>(c(kP2 * at_p), g[2], c(at_p) * g[0]);
-  const Vec<T> even_q = fma<T>(c(kQ2 * at_q), g[2], c(at_q) * g[0]);
+  const Vec<T> even_p = fma<T>(c(kP2 * kAtP), g[2], c(kAtP) * g[0]);
+  const Vec<T> even_q = fma<T>(c(kQ2 * kAtQ), g[2], c(kAtQ) * g[0]);
   t[0] = c(1 / (kP2 * kQ2)) * g[0];
-  t[1] = fma<T>(c(kP * at_p), g[1], even_p);
-  t[2] = fma<T>(c(-kP * at_p), g[1], even_p);
-  t[3] = fma<T>(c(kQ * at_q), g[1], even_q);
-  t[4] = fma<T>(c(-kQ * at_q), g[1], even_q);
+  t[1] = fma<T>(c(kP * kAtP), g[1], even_p);
+  t[2] = fma<T>(c(-kP * kAtP), g[1], even_p);
+  t[3] = fma<T>(c(kQ * kAtQ), g[1], even_q);
+  t[4] = fma<T>(c(-kQ * kAtQ), g[1], even_q);
   t[5] = g[2];
 }
 
@@ -58,28 +34,6 @@ FASTNETS_INLINE void result_transform(const Vec<T> (&m)[kIn], Vec<T> (&y)[kOut])
   y[1] = fma<T>(c(kP), difference_p, c(kQ) * difference_q);
   y[2] = fma<T>(c(kP2), sum_p, c(kQ2) * sum_q);
   y[3] = fma<T>(c(kP2 * kP), difference_p, fma<T>(c(kQ2 * kQ), difference_q, m[5]));
-}
-
-// Both directions of a tile: to[a][b] from at(i, j), one-dimensional transform `apply`.
-template <class T, int kFrom, int kTo, class At, class Apply, class Put>
-FASTNETS_INLINE void transform(const At& at, const Apply& apply, const Put& put) {
-  Vec<T> half[kTo][kFrom];
-#pragma GCC unroll 6
-  for (int j = 0; j < kFrom; ++j) {
-    Vec<T> column[kFrom], turned[kTo];
-#pragma GCC unroll 6
-    for (int i = 0; i < kFrom; ++i) column[i] = at(i, j);
-    apply(column, turned);
-#pragma GCC unroll 6
-    for (int i = 0; i < kTo; ++i) half[i][j] = turned[i];
-  }
-#pragma GCC unroll 6
-  for (int i = 0; i < kTo; ++i) {
-    Vec<T> turned[kTo];
-    apply(half[i], turned);
-#pragma GCC unroll 6
-    for (int j = 0; j < kTo; ++j) put(i, j, turned[j]);
-  }
 }
 
 // sums[kRows][kVectors] = the rows times the panel [depth][kVectors]. kSumDepth products are summed up before they join
@@ -150,42 +104,11 @@ void transform_weight(const Phase& phase, const T* taps, T* to) {
   });
 }
 
-// Results [4 row, ...) x [4 column, ...) of one image, in tiles.
-struct Strip {
-  int64_t image, plane, row, column, tiles;
-};
-
-struct Strips {
-  const Phase& phase;
-  int64_t rows = (phase.axes[1].count + kOut - 1) / kOut, columns = (phase.axes[2].count + kOut - 1) / kOut;
-  int64_t pieces = (columns + kBlockTiles - 1) / kBlockTiles, most = (columns + pieces - 1) / pieces;
-
-  int64_t count() const { return phase.p.shape.batch * phase.axes[0].count * rows * pieces; }
-  Strip operator()(int64_t index) const {
-    const int64_t column = index % pieces * most, plane = index / pieces / rows;
-    return {plane / phase.axes[0].count, plane % phase.axes[0].count, index / pieces % rows, column,
-            at_most(most, columns - column)};
-  }
-  // The strip's results, and its staged source: of whole tiles, zero past the border.
-  Block results(const Strip& strip) const {
-    return block(strip, at_most(kOut, phase.axes[1].count - strip.row * kOut),
-                 at_most(strip.tiles * kOut, phase.axes[2].count - strip.column * kOut), phase.source_channels);
-  }
-  Block source(const Strip& strip) const {
-    return block(strip, kOut, strip.tiles * kOut, round_up(phase.source_channels, kLanes<float>));
-  }
-  Block block(const Strip& strip, int64_t height, int64_t width, int64_t channels) const {
-    return {{staged_axis(phase.axes[0], strip.plane, 1), staged_axis(phase.axes[1], strip.row * kOut, height),
-             staged_axis(phase.axes[2], strip.column * kOut, width)},
-            channels};
-  }
-};
-
 template <class S>
 struct Winograd {
   using T = float;
   const Phase& phase;
-  const Strips strips{phase};
+  const Strips strips{phase.axes, phase.p.shape.batch, phase.source_channels, kBlockTiles};
   const int64_t depth = phase.source_channels, depth_row = round_up(depth, kLanes<T>);
   const int64_t source_plane = kBlockTiles * depth_row + kPad, product_plane = kBlockTiles * kTileCols<T> + kPad;
 
@@ -230,7 +153,7 @@ struct Winograd {
     const int64_t pixels = phase.axes[0].extent * phase.axes[1].extent * phase.axes[2].extent;
     const S* from = static_cast<const S*>(phase.p.source) + strip.image * s.groups * depth * pixels +
                     group * depth * phase.source.channel;
-    const Block block = strips.source(strip);
+    const Block block = Strips::whole(phase.axes, strip, depth);
     T* staged = static_cast<T*>(scratch(kStageSlot, block.elements() * sizeof(T)));
     stage(from, phase.source, phase.axes, block, depth, staged);
     for (int64_t tile = 0; tile < strip.tiles; ++tile, to += depth_row) {
@@ -304,20 +227,21 @@ void gather_tiles(const Phase& phase) {
 
 }  // namespace
 
-bool winograd_pays(const Phase& phase) {
-  const ConvShape& s = phase.p.shape;
-  if (s.dtype == Dtype::kFloat64 || phase.axes[0].taps != 1) return false;
+bool winograd_fits(const ConvShape& s, const Axis* axes) {
+  if (s.dtype == Dtype::kFloat64 || axes[0].taps != 1) return false;
   for (int d = 1; d < 3; ++d) {
-    const Axis& axis = phase.axes[d];
-    if (axis.taps != kTaps || axis.pull != 1 || axis.step != 1 || axis.offset_step != 1 || axis.count < kOut)
+    const Axis& axis = axes[d];
+    if (axis.taps != kTaps || axis.pull != 1 || axis.step != 1 || axis.offset_step != 1 || axis.count < kOut) {
       return false;
+    }
   }
-  if (phase.source_channels < kLeastChannels || phase.channels < kLeastChannels) return false;
-  const Strips strips{phase};
-  const int64_t planes = s.batch * phase.axes[0].count, tiles = planes * strips.rows * strips.columns;
-  return tiles >= kLeastTiles &&
-         3 * strips.rows * strips.columns * kPoints < 2 * phase.axes[1].count * phase.axes[2].count * kTaps * kTaps;
+  if (s.in_channels < kLeastChannels || s.out_channels < kLeastChannels) return false;
+  const Strips strips{axes, s.batch, 0, kBlockTiles};
+  return strips.tiles() >= kLeastTiles &&
+         3 * strips.rows * strips.columns * kPoints < 2 * axes[1].count * axes[2].count * kTaps * kTaps;
 }
+
+bool winograd_pays(const Phase& phase) { return winograd_fits(phase.p.shape, phase.axes); }
 
 void winograd_gather(const Phase& phase) {
   switch (phase.p.shape.dtype) {

@@ -1,0 +1,232 @@
+// Convolution where the lanes of a vector are pixels of one channel, for tensors of planes and for results of few
+// channels: nothing is transposed, and no lane stands for a channel that is not there. A block's source is staged,
+// plane after plane (planes.h); a register tile is some channels of two vectors of pixels.
+#include "planes.h"
+
+namespace fastnets::FASTNETS_ISA {
+namespace {
+
+constexpr int kPixelVectors = 2;
+
+// A vector of results: where its first tap lies in the staged source, where it goes, and how many lanes count.
+struct Pixels {
+  int64_t from, to;
+  int lanes;
+};
+
+template <class T, class S>
+struct PlanesTile {
+  const Finish<T, S>& finish;
+  const T* staged;
+  const int64_t* offsets;  // of each element of the sum
+  int64_t depth;
+  int64_t step;  // from a result to the next
+
+  // Channels [first, first + channels) of the vectors; weight[depth][kTileRows].
+  template <int kRows>
+  void run(const T* __restrict weight, const Pixels (&pixels)[kPixelVectors], int64_t first, int channels,
+           bool plain) const {
+    Vec<T> sum[kRows][kPixelVectors];
+    const ConvGather& p = finish.phase.p;
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const S* bias = static_cast<const S*>(p.bias) + finish.channel + first + r;
+      sum[r][0] = sum[r][1] = broadcast<T>(p.bias && r < channels ? T(to_float(*bias)) : T(0));
+    }
+    const T *left = staged + pixels[0].from, *right = staged + pixels[1].from;
+    for (int64_t k = 0; k < depth; ++k, weight += kTileRows) {
+      Vec<T> x[kPixelVectors] = {load(left + offsets[k]), load(right + offsets[k])};
+      asm("" : "+v"(x[0]), "+v"(x[1]));  // stay in registers: g++ would load them again for every row
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        const Vec<T> factor = broadcast<T>(weight[r]);
+#pragma GCC unroll 2
+        for (int v = 0; v < kPixelVectors; ++v) sum[r][v] = fma<T>(x[v], factor, sum[r][v]);
+      }
+    }
+    const int64_t channel = finish.phase.result.channel;
+    if (plain && channels == kRows && pixels[0].lanes == kLanes<T> && pixels[1].lanes == kLanes<T>) {
+      S* to = static_cast<S*>(p.result) + first * channel;
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r, to += channel) {
+        store(to + pixels[0].to, sum[r][0]), store(to + pixels[1].to, sum[r][1]);
+      }
+      return;
+    }
+    T sums[kRows][kPixelVectors][kLanes<T>];
+    std::memcpy(sums, sum, sizeof sums);
+    for (int r = 0; r < channels; ++r) {
+      for (int v = 0; v < kPixelVectors; ++v) {
+        finish.write(load(sums[r][v]), pixels[v].to + (first + r) * channel, pixels[v].lanes, step);
+      }
+    }
+  }
+};
+
+// Where every tap is alone and reads what lies at its result, a plane is one row.
+Phase joined(const Phase& phase) {
+  Phase row = phase;
+  for (const Axis& axis : phase.axes) {
+    if (axis.taps != 1 || axis.pull != 1 || axis.step != 1 || axis.offset != 0 || axis.count != axis.extent) return row;
+  }
+  for (int d = 0; d < 2; ++d) {
+    row.axes[2].count *= row.axes[d].count, row.axes[2].extent = row.axes[2].count;
+    row.axes[d].count = row.axes[d].extent = 1;
+  }
+  return row;
+}
+
+// `count` results of the axis, from `begin`.
+Axis part(Axis axis, int64_t begin, int64_t count) {
+  axis.offset += begin * axis.pull, axis.first += begin * axis.step, axis.count = count;
+  return axis;
+}
+
+// packed[panel][source channel][tap][kTileRows]
+template <class T, class S>
+void pack_rows_of(const Phase& phase, const S* weight, T* packed) {
+  const int64_t* strides = phase.p.shape.weight_strides + 2;
+  for (int64_t first = 0; first < phase.channels; first += kTileRows) {
+    const int rows = static_cast<int>(at_most(kTileRows, phase.channels - first));
+    for (int64_t c = 0; c < phase.source_channels; ++c) {
+      for (int64_t d = 0; d < phase.axes[0].taps; ++d) {
+        for (int64_t h = 0; h < phase.axes[1].taps; ++h) {
+          for (int64_t w = 0; w < phase.axes[2].taps; ++w, packed += kTileRows) {
+            const int64_t at[3] = {d, h, w};
+            const S* from = weight + first * phase.result_stride + c * phase.source_stride;
+            for (int i = 0; i < 3; ++i) from += (phase.axes[i].tap + at[i] * phase.axes[i].tap_step) * strides[i];
+            for (int r = 0; r < kTileRows; ++r)
+              packed[r] = r < rows ? T(to_float(from[r * phase.result_stride])) : T(0);
+          }
+        }
+      }
+    }
+  }
+}
+
+// The block [h, h + height) x [w, w + width) of the results at depth d, and what it takes of the source.
+struct PlanesCut {
+  const Phase& phase;
+  int64_t height, width;
+
+  int64_t count(int axis) const {
+    return axis == 0   ? phase.axes[0].count
+           : axis == 1 ? (phase.axes[1].count + height - 1) / height
+                       : (phase.axes[2].count + width - 1) / width;
+  }
+  int64_t count() const { return count(0) * count(1) * count(2); }
+  Phase block(int64_t index) const {
+    Phase block = phase;
+    const int64_t w = index % count(2) * width, h = index / count(2) % count(1) * height;
+    block.axes[0] = part(phase.axes[0], index / count(2) / count(1), 1);
+    block.axes[1] = part(phase.axes[1], h, at_most(height, phase.axes[1].count - h));
+    block.axes[2] = part(phase.axes[2], w, at_most(width, phase.axes[2].count - w));
+    return block;
+  }
+};
+
+template <class T>
+PlanesCut cut_planes(const Phase& phase) {
+  PlanesCut cut{phase, phase.axes[1].count, phase.axes[2].count};
+  const int64_t outer = phase.p.shape.batch * phase.p.shape.groups, threads = thread_count();
+  const int64_t wanted = threads > 1 ? 3 * threads : 1, least = kPixelVectors * kLanes<T>;
+  const auto bytes = [&] {
+    const Phase block = cut.block(0);
+    return Plane<T>(block.axes, cut.height).size() * phase.source_channels * static_cast<int64_t>(sizeof(T));
+  };
+  while (cut.height > 1 && (bytes() > kStageBytes || outer * cut.count() < wanted)) cut.height = (cut.height + 1) / 2;
+  while (cut.width > least && (bytes() > kStageBytes || outer * cut.count() < wanted)) {
+    cut.width = round_up((cut.width + 1) / 2, least);
+  }
+  return cut;
+}
+
+template <class T, class S>
+void gather_rows(const Phase& whole) {
+  const Phase phase = joined(whole);
+  const ConvShape& s = phase.p.shape;
+  const int64_t depth = phase.depth(), panels = (phase.channels + kTileRows - 1) / kTileRows;
+  const int64_t packed_size = panels * kTileRows * depth;
+  T* packed = static_cast<T*>(scratch(kWeightSlot, (s.groups * packed_size + 1) * sizeof(T)));
+  for (int64_t g = 0; g < s.groups; ++g) {
+    pack_rows_of<T>(phase, static_cast<const S*>(phase.p.weight) + g * phase.group_stride, packed + g * packed_size);
+  }
+  const PlanesCut cut = cut_planes<T>(phase);
+  const int64_t outer = s.batch * s.groups, work = cut.height * cut.width * (depth + 1) * phase.channels;
+  const int64_t source_pixels = phase.axes[0].extent * phase.axes[1].extent * phase.axes[2].extent;
+  const int64_t result_pixels = phase.result_sizes[0] * phase.result_sizes[1] * phase.result_sizes[2];
+  const bool plain = !phase.p.residual && !phase.p.kept && phase.p.activation == Activation::kNone &&
+                     phase.axes[2].step * phase.result.at[2] == 1;
+  parallel(cut.count() * outer, kGrain / work + 1, [&](int64_t begin, int64_t end) {
+    int64_t* offsets = static_cast<int64_t*>(scratch(kRunSlot, (depth + 1) * sizeof(int64_t)));
+    int64_t last = -1;
+    for (int64_t i = begin; i < end; ++i) {
+      // The same block of all images and groups one after the other: they are zero in the same places.
+      const int64_t piece = i / outer, image = i % outer / s.groups, group = i % s.groups;
+      const Phase block = cut.block(piece);
+      const int64_t height = block.axes[1].count, width = block.axes[2].count;
+      const Plane<T> plane(block.axes, height);
+      const int64_t size = phase.source_channels * plane.size();
+      T* staged = static_cast<T*>(scratch(kStageSlot, (size + kLanes<T>)*sizeof(T)));
+      if (piece != last) {
+        std::memset(staged, 0, static_cast<size_t>(size) * sizeof(T));
+        for (int64_t c = 0; c < phase.source_channels; ++c) {
+          int64_t* of = offsets + c * phase.taps();
+          plane.taps(of);
+          for (int64_t t = 0; t < phase.taps(); ++t) of[t] += c * plane.size();
+        }
+        last = piece;
+      }
+      const S* source = static_cast<const S*>(phase.p.source) +
+                        (image * s.groups * source_pixels) * phase.source_channels +
+                        group * phase.source_channels * phase.source.channel;
+      for (int64_t c = 0; c < phase.source_channels; ++c) {
+        plane.stage(source + c * phase.source.channel, phase.source, 0, 0, staged + c * plane.size());
+      }
+      const Block all{{staged_axis(block.axes[0], 0, 1), staged_axis(block.axes[1], 0, height),
+                       staged_axis(block.axes[2], 0, width)},
+                      1};
+      const Finish<T, S> finish{
+          block, all, image * s.groups * phase.channels * result_pixels + group * phase.channels * phase.result.channel,
+          group * phase.channels};
+      const int64_t origin = finish.offset(0, 0), step = block.axes[2].step * phase.result.at[2];
+      const int64_t next_row = block.axes[1].step * phase.result.at[1];
+      const PlanesTile<T, S> tile{finish, staged, offsets, depth, step};
+      for (int64_t panel = 0; panel < panels; ++panel) {
+        const int64_t first = panel * kTileRows;
+        const int channels = static_cast<int>(at_most(kTileRows, phase.channels - first));
+        for (Vectors<T> vector(plane); vector.row < height;) {
+          Pixels pixels[kPixelVectors];
+          for (Pixels& now : pixels) {
+            const bool there = vector.row < height;  // else the first once more, computed and dropped
+            now = {there ? vector.at() : pixels[0].from, origin + vector.row * next_row + vector.column * step,
+                   there ? vector.lanes() : 0};
+            if (there) vector.next();
+          }
+          with_count<kTileRows, 2>((channels + 1) / 2 * 2, [&](auto n) {
+            tile.template run<n.value>(packed + group * packed_size + first * depth, pixels, first, channels, plain);
+          });
+        }
+      }
+    }
+  });
+}
+
+}  // namespace
+
+// Cycles for a result pixel, all channels: products, and elements that are transposed on their way.
+bool planes_pay(const Phase& phase) {
+  const bool planes = !phase.p.shape.channels_last;
+  const Phase row = joined(phase);
+  const int64_t lanes = kLanes<float>, width = row.axes[2].count, turned = phase.source_channels + phase.channels;
+  if (width == 0 || phase.depth() == 0) return false;
+  const double by_pixels = static_cast<double>(phase.depth() * phase.channels) / lanes * round_up(width, lanes) / width;
+  const double by_channels = static_cast<double>(phase.depth() * round_up(phase.channels, lanes)) / lanes;
+  return by_pixels + (planes ? 0 : 2 * turned) < by_channels + (planes ? turned : 0);
+}
+
+void planes_gather(const Phase& phase) {
+  with_storage(phase.p.shape.dtype, [&](auto kind) { gather_rows<Compute<decltype(kind)>, decltype(kind)>(phase); });
+}
+
+}  // namespace fastnets::FASTNETS_ISA

@@ -1,0 +1,95 @@
+// Rows of a convolution's source, staged for lanes that are pixels of a row: one channel after the other, with their
+// padding, so that every tap of a vector of results is one load. Where a stride would part the lanes they are parted by
+// their remainder.
+#pragma once
+
+#include "conv.h"
+
+namespace fastnets::FASTNETS_ISA {
+
+inline int64_t positive_ceil(int64_t a, int64_t b) { return a <= 0 ? 0 : (a + b - 1) / b; }
+
+// The source position that the axis' result j takes at its first tap.
+inline int64_t low(const Axis& axis, int64_t j) { return j * axis.pull + axis.offset; }
+
+inline bool inside(const Axis& axis, int64_t position) { return position >= 0 && position < axis.extent; }
+
+// Rows of results of one channel, and what they take of its source: staged [tap d][row][remainder][column], where a
+// column is `pull` positions of the source from the next.
+template <class T>
+struct Plane {
+  const Axis* axes;
+  int64_t count;  // rows of results
+  int64_t height, columns;
+
+  Plane(const Axis* axes, int64_t count)
+      : axes(axes),
+        count(count),
+        height(axes[1].taps > 0 ? (count - 1) * axes[1].pull + axes[1].span() + 1 : 0),
+        columns(round_up(axes[2].count, kLanes<T>) + (axes[2].taps > 0 ? axes[2].span() / axes[2].pull : 0) + 1) {}
+
+  int64_t line() const { return axes[2].pull * columns; }
+  int64_t size() const { return axes[0].taps * height * line(); }
+
+  // The taps' offsets, in their order.
+  void taps(int64_t* offsets) const {
+    for (int64_t d = 0; d < axes[0].taps; ++d) {
+      for (int64_t h = 0; h < axes[1].taps; ++h) {
+        for (int64_t w = 0; w < axes[2].taps; ++w) {
+          const int64_t at = w * axes[2].offset_step;
+          *offsets++ =
+              (d * height + h * axes[1].offset_step) * line() + at % axes[2].pull * columns + at / axes[2].pull;
+        }
+      }
+    }
+  }
+
+  // Stages the rows from h of the results at depth d: the source's part of them, or else the zeros around it.
+  template <class S>
+  void stage(const S* source, const Strides& strides, int64_t d, int64_t h, T* to) const {
+    const Axis& w = axes[2];
+    const int64_t step = w.pull * strides.at[2];
+    for (int64_t i = 0; i < axes[0].taps; ++i) {
+      const int64_t z = low(axes[0], d) + i * axes[0].offset_step;
+      for (int64_t j = 0; j < height; ++j) {
+        const int64_t y = low(axes[1], h) + j;
+        if (!inside(axes[0], z) || !inside(axes[1], y)) {
+          to += line();
+          continue;
+        }
+        for (int64_t remainder = 0; remainder < w.pull; ++remainder, to += columns) {
+          // Column c is position w.offset + remainder + c * pull.
+          const int64_t start = w.offset + remainder, begin = at_most(positive_ceil(-start, w.pull), columns);
+          const int64_t end = at_most(positive_ceil(w.extent - start, w.pull), columns);
+          const S* from = source + z * strides.at[0] + y * strides.at[1] + (start + begin * w.pull) * strides.at[2];
+          if (step == 1) {
+            if (begin < end) copy_converted<T>(from, end - begin, to + begin);
+          } else {
+            for (int64_t c = begin; c < end; ++c, from += step) to[c] = to_float(*from);
+          }
+        }
+      }
+    }
+  }
+};
+
+// Vectors of results, through the rows of a plane.
+template <class T>
+class Vectors {
+ public:
+  explicit Vectors(const Plane<T>& plane) : width_(plane.axes[2].count), line_(plane.axes[1].pull * plane.line()) {}
+
+  int64_t row = 0, column = 0;
+
+  int64_t at() const { return row * line_ + column; }
+  int lanes() const { return static_cast<int>(at_most(kLanes<T>, width_ - column)); }
+  void next() {
+    column += kLanes<T>;
+    if (column >= width_) ++row, column = 0;
+  }
+
+ private:
+  int64_t width_, line_;
+};
+
+}  // namespace fastnets::FASTNETS_ISA

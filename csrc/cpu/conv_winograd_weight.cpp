@@ -9,7 +9,9 @@ namespace fastnets::FASTNETS_ISA {
 namespace {
 
 using T = float;
-constexpr int64_t kBlockTiles = 32;
+constexpr int64_t kBlockTiles = 48;
+constexpr int kProductRows = kTileRows / 2;  // as many registers hold the sums twice
+constexpr int64_t kSumTiles = 8;
 constexpr int64_t kShareRows = 64, kShareCols = 64;  // channels of x, of y
 constexpr int64_t kBufferBytes = 64 << 20;           // for the sums of chunks that share outputs
 
@@ -35,23 +37,33 @@ FASTNETS_INLINE void taps_transform(const Vec<T> (&m)[kIn], Vec<T> (&w)[kTaps]) 
   w[2] = fma<T>(c(kP2), sum_p, fma<T>(c(kQ2), sum_q, m[5]));
 }
 
-// sums[kRows][to_row] += over tiles, x[tile][kRows] times grad[tile][kTileVectors].
+// to[kRows][to_row] += over tiles, x[tile][kRows] times grad[tile][kTileVectors]. kSumTiles products are summed up
+// before they join the others, since the transforms multiply the rounding of these sums.
 template <int kRows>
 void multiply_of(int64_t tiles, const T* x, int64_t x_row, const T* grad, int64_t grad_row, T* to, int64_t to_row) {
   constexpr int lanes = kLanes<T>;
-  Vec<T> sum[kRows][kTileVectors] = {};
-  for (int64_t tile = 0; tile < tiles; ++tile, x += x_row, grad += grad_row) {
-    Vec<T> right[kTileVectors];
+  Vec<T> total[kRows][kTileVectors] = {};
+  for (int64_t begin = 0; begin < tiles; begin += kSumTiles) {
+    Vec<T> sum[kRows][kTileVectors] = {};
+    for (int64_t tile = begin, end = at_most(begin + kSumTiles, tiles); tile < end;
+         ++tile, x += x_row, grad += grad_row) {
+      Vec<T> right[kTileVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kTileVectors; ++v) {
-      right[v] = load(grad + v * lanes);
-      asm("" : "+v"(right[v]));  // stays in a register: g++ would load it again for every row
+      for (int v = 0; v < kTileVectors; ++v) {
+        right[v] = load(grad + v * lanes);
+        asm("" : "+v"(right[v]));  // stays in a register: g++ would load it again for every row
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        const Vec<T> left = broadcast<T>(x[r]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kTileVectors; ++v) sum[r][v] = fma<T>(left, right[v], sum[r][v]);
+      }
     }
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      const Vec<T> left = broadcast<T>(x[r]);
 #pragma GCC unroll 4
-      for (int v = 0; v < kTileVectors; ++v) sum[r][v] = fma<T>(left, right[v], sum[r][v]);
+      for (int v = 0; v < kTileVectors; ++v) total[r][v] += sum[r][v];
     }
   }
 #pragma GCC unroll 16
@@ -59,7 +71,7 @@ void multiply_of(int64_t tiles, const T* x, int64_t x_row, const T* grad, int64_
 #pragma GCC unroll 4
     for (int v = 0; v < kTileVectors; ++v) {
       T* at = to + r * to_row + v * lanes;
-      store(at, load(at) + sum[r][v]);
+      store(at, load(at) + total[r][v]);
     }
   }
 }
@@ -87,7 +99,7 @@ struct WinogradWeight {
   // Channels of a share, and how its operands and sums lie: [point][tile][row], [point][x channel][cols].
   struct Share {
     int64_t group, first_row, rows, first_col, cols;
-    int64_t row() const { return round_up(rows, kTileRows); }
+    int64_t row() const { return round_up(rows, kProductRows); }
     int64_t col() const { return round_up(cols, kTileCols<T>); }
     int64_t x_plane() const { return kBlockTiles * row() + kPad; }
     int64_t grad_plane() const { return kBlockTiles * col() + kPad; }
@@ -139,8 +151,8 @@ struct WinogradWeight {
       for (int64_t point = 0; point < kPoints; ++point) {
         const T *a = left + point * share.x_plane(), *b = right + point * share.grad_plane();
         T* to = sums + point * share.sum_plane();
-        for (int64_t r = 0; r < share.rows; r += kTileRows) {
-          with_count<kTileRows, 2>(static_cast<int>(round_up(at_most(kTileRows, share.rows - r), 2)), [&](auto n) {
+        for (int64_t r = 0; r < share.rows; r += kProductRows) {
+          with_count<kProductRows>(static_cast<int>(at_most(kProductRows, share.rows - r)), [&](auto n) {
             for (int64_t c = 0; c < share.cols; c += kTileCols<T>) {
               multiply_of<n.value>(tiles, a + r, share.row(), b + c, share.col(), to + r * share.col() + c,
                                    share.col());

@@ -7,11 +7,17 @@ namespace {
 
 constexpr int64_t kBlockPixels = 40 * kTileRows;
 
-// sums[kRows][kVectors] = the operand rows, each a sequence of runs, times the panel.
+// to[kRows][kVectors] = start + the operand rows, each a sequence of runs, times the panel.
 template <class T, int kRows, int kVectors>
-void tile_of(const T* const* rows, const Run* runs, int64_t count, const T* panel, T* sums) {
+void tile_of(const T* const* rows, const Run* runs, int64_t count, const T* panel, const T* start, T* const* to,
+             bool stream) {
   constexpr int lanes = kLanes<T>;
-  Vec<T> sum[kRows][kVectors] = {};
+  Vec<T> sum[kRows][kVectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = load(start + v * lanes);
+  }
   for (const Run* run = runs; run < runs + count; ++run) {
     for (int64_t p = run->offset, end = p + run->length; p < end; ++p, panel += kVectors * lanes) {
       Vec<T> right[kVectors];
@@ -31,14 +37,22 @@ void tile_of(const T* const* rows, const Run* runs, int64_t count, const T* pane
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) store(sums + (r * kVectors + v) * lanes, sum[r][v]);
+    for (int v = 0; v < kVectors; ++v) {
+      if (stream) {
+        fastnets::FASTNETS_ISA::stream(to[r] + v * lanes, sum[r][v]);
+      } else {
+        store(to[r] + v * lanes, sum[r][v]);
+      }
+    }
   }
 }
 
 // rows is even, or the tile's full height.
 template <class T, int kVectors>
-void tile(int rows, const T* const* row, const Run* runs, int64_t count, const T* panel, T* sums) {
-  with_count<kTileRows, 2>(rows, [&](auto n) { tile_of<T, n.value, kVectors>(row, runs, count, panel, sums); });
+void tile(int rows, const T* const* row, const Run* runs, int64_t count, const T* panel, const T* start, T* const* to,
+          bool stream) {
+  with_count<kTileRows, 2>(rows,
+                           [&](auto n) { tile_of<T, n.value, kVectors>(row, runs, count, panel, start, to, stream); });
 }
 
 // One block: stages it, then panel after panel of the weight, tile after tile.
@@ -69,19 +83,34 @@ void compute(const Phase& phase, const Block& block, int64_t image, int64_t grou
     const int vectors = panel_vectors<T>(phase.channels, first);
     const T* weight = packed + first * depth;
     Walk operands = operand_rows(block), results = finish.results();
-    T* to = sums;
+    // Where nothing comes after the bias the results go where they belong at once.
+    T start[kTileCols<T>] = {};
+    S* result = static_cast<S*>(p.result) + first;
+    const bool direct =
+        std::is_same_v<S, T> && shape.channels_last && finish.plain() && first + vectors * kLanes<T> <= phase.channels;
+    const bool stream = direct && finish.streams(shape.groups * phase.channels);
+    if (direct && p.bias) {
+      const S* bias = static_cast<const S*>(p.bias) + finish.channel + first;
+      for (int v = 0; v < vectors; ++v) store(start + v * kLanes<T>, load(bias + v * kLanes<T>));
+    }
+    T* sum = sums;
     for (int64_t q = 0; q < pixels; q += rows) {
       const T* row[kTileRows];
-      for (int r = 0; r < rows; ++r) row[r] = staged + operands();
+      S* at[kTileRows];
+      T* to[kTileRows];
+      operands.take<const T>(rows, staged, row);
+      if (shape.channels_last) results.take(rows, result, at);
+      for (int r = 0; r < rows; ++r) to[r] = direct ? reinterpret_cast<T*>(at[r]) : sum + r * vectors * kLanes<T>;
       if (vectors == kTileVectors) {
-        tile<T, kTileVectors>(rows, row, runs, count, weight, to);
+        tile<T, kTileVectors>(rows, row, runs, count, weight, start, to, stream);
       } else {
-        tile<T, 1>(rows, row, runs, count, weight, to);
+        tile<T, 1>(rows, row, runs, count, weight, start, to, stream);
       }
+      if (direct) continue;
       if (shape.channels_last) {  // at once, while the sums are near
-        finish.channels_last(first, vectors, to, at_most(rows, pixels - q), results);
+        finish.channels_last(first, vectors, sum, at, at_most(rows, pixels - q));
       } else {
-        to += rows * vectors * kLanes<T>;
+        sum += rows * vectors * kLanes<T>;
       }
     }
     if (!shape.channels_last) finish.planes(first, vectors, sums);
@@ -110,6 +139,7 @@ void gather_blocks(const Phase& phase) {
       compute<T, S>(phase, cut.block(piece), image, group, packed + group * packed_size, panels * share / shares,
                     panels * (share + 1) / shares);
     }
+    streamed();
   });
 }
 

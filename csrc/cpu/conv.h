@@ -41,7 +41,7 @@ struct Block {
   int64_t elements() const { return axes[0].size * stride(0); }
 };
 
-// An offset for each of a block's results, one after the other; past the last it stays there. (A division a result
+// An address for each of a block's results, one after the other; past the last it stays there. (A division a result
 // would cost as much as the products of a shallow sum.)
 class Walk {
  public:
@@ -52,16 +52,24 @@ class Walk {
         line_(start),
         at_(start) {}
 
-  FASTNETS_INLINE int64_t operator()() {
-    const int64_t now = at_;
-    if (w_ + 1 < ends_[2]) {
-      ++w_, at_ += steps_[2];
-    } else if (h_ + 1 < ends_[1]) {
-      ++h_, w_ = 0, at_ = line_ += steps_[1];
-    } else if (d_ + 1 < ends_[0]) {
-      ++d_, h_ = w_ = 0, at_ = line_ = plane_ += steps_[0];
+  // The next n of them, from `base`.
+  template <class P>
+  FASTNETS_INLINE void take(int n, P* base, P** to) {
+    while (n > 0) {
+      const int now = static_cast<int>(at_most(n, ends_[2] - w_));
+      P* at = base + at_;
+      for (int i = 0; i < now; ++i, at += steps_[2]) to[i] = at;
+      n -= now, to += now, w_ += now, at_ += now * steps_[2];
+      if (n == 0) return;
+      if (h_ + 1 < ends_[1]) {
+        ++h_, w_ = 0, at_ = line_ += steps_[1];
+      } else if (d_ + 1 < ends_[0]) {
+        ++d_, h_ = w_ = 0, at_ = line_ = plane_ += steps_[0];
+      } else {
+        for (int i = 0; i < n; ++i) to[i] = base + at_ - steps_[2];
+        return;
+      }
     }
-    return now;
   }
 
  private:
@@ -284,6 +292,17 @@ struct Finish {
   int64_t image;    // offset of the image and group in the result
   int64_t channel;  // of the result, all groups counted: for the bias
 
+  // Its results are too large to stay in a cache, and lie as streaming stores ask: vectors of `every` elements.
+  bool streams(int64_t every) const {
+    const ConvShape& s = phase.p.shape;
+    const int64_t* sizes = phase.result_sizes;
+    const int64_t elements = s.batch * s.groups * phase.channels * sizes[0] * sizes[1] * sizes[2];
+    return std::is_same_v<S, T> && elements * static_cast<int64_t>(sizeof(S)) > kStreamBytes &&
+           every % kLanes<T> == 0 && reinterpret_cast<uintptr_t>(phase.p.result) % kVectorBytes == 0;
+  }
+  // Nothing but a bias is added.
+  bool plain() const { return !phase.p.residual && !phase.p.kept && phase.p.activation == Activation::kNone; }
+
   // The block's results: their offsets.
   Walk results() const {
     const Axis* axes = phase.axes;
@@ -291,9 +310,8 @@ struct Finish {
     return {block, offset(0, 0), axes[0].step * at[0], axes[1].step * at[1], axes[2].step * at[2]};
   }
 
-  // `count` results at the offsets that next() gives.
-  template <class Next>
-  void channels_last(int64_t first, int vectors, const T* sums, int64_t count, Next&& next) const {
+  // `count` results, of channels from `first`, at the result's addresses `to`.
+  void channels_last(int64_t first, int vectors, const T* sums, S* const* to, int64_t count) const {
     const ConvGather& p = phase.p;
     const int columns = static_cast<int>(at_most(vectors * kLanes<T>, phase.channels - first));
     Vec<T> bias[kTileVectors] = {};
@@ -301,17 +319,15 @@ struct Finish {
       const int n = static_cast<int>(at_most(kLanes<T>, columns - v * kLanes<T>));
       bias[v] = load_partial(static_cast<const S*>(p.bias) + channel + first + v * kLanes<T>, n);
     }
-    const bool plain = !p.residual && !p.kept && p.activation == Activation::kNone;
-    S* result = static_cast<S*>(p.result) + first;
-    for (const T* end = sums + count * vectors * kLanes<T>; sums < end; sums += vectors * kLanes<T>) {
-      const int64_t at = next();
+    const bool plain = this->plain();
+    for (int64_t i = 0; i < count; ++i, sums += vectors * kLanes<T>) {
       for (int v = 0; v * kLanes<T> < columns; ++v) {
         const Vec<T> value = load(sums + v * kLanes<T>) + bias[v];
         const int n = static_cast<int>(at_most(kLanes<T>, columns - v * kLanes<T>));
         if (plain && n == kLanes<T>) {
-          store(result + at + v * kLanes<T>, value);
+          store(to[i] + v * kLanes<T>, value);
         } else {
-          write(value, at + first + v * kLanes<T>, n, 1);
+          write(value, to[i] - static_cast<S*>(p.result) + v * kLanes<T>, n, 1);
         }
       }
     }

@@ -17,15 +17,15 @@ struct Pixels {
 template <class T, class S>
 struct PlanesTile {
   const Finish<T, S>& finish;
-  const T* staged;
+  const T* source;         // staged, or in place
   const int64_t* offsets;  // of each element of the sum
   int64_t depth;
   int64_t step;  // from a result to the next
 
   // Channels [first, first + channels) of the vectors; weight[depth][kTileRows].
   template <int kRows>
-  void run(const T* __restrict weight, const Pixels (&pixels)[kPixelVectors], int64_t first, int channels,
-           bool plain) const {
+  void run(const T* __restrict weight, const Pixels (&pixels)[kPixelVectors], int64_t first, int channels, bool plain,
+           bool stream) const {
     Vec<T> sum[kRows][kPixelVectors];
     const ConvGather& p = finish.phase.p;
 #pragma GCC unroll 16
@@ -33,8 +33,10 @@ struct PlanesTile {
       const S* bias = static_cast<const S*>(p.bias) + finish.channel + first + r;
       sum[r][0] = sum[r][1] = broadcast<T>(p.bias && r < channels ? T(to_float(*bias)) : T(0));
     }
-    const T *left = staged + pixels[0].from, *right = staged + pixels[1].from;
+    const T *left = source + pixels[0].from, *right = source + pixels[1].from;
     for (int64_t k = 0; k < depth; ++k, weight += kTileRows) {
+      __builtin_prefetch(left + offsets[k] + kPixelVectors * kLanes<T>);  // in place, planes lie too far apart
+      __builtin_prefetch(right + offsets[k] + kPixelVectors * kLanes<T>);
       Vec<T> x[kPixelVectors] = {load(left + offsets[k]), load(right + offsets[k])};
       asm("" : "+v"(x[0]), "+v"(x[1]));  // stay in registers: g++ would load them again for every row
 #pragma GCC unroll 16
@@ -49,6 +51,13 @@ struct PlanesTile {
       S* to = static_cast<S*>(p.result) + first * channel;
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r, to += channel) {
+        if constexpr (std::is_same_v<S, T>) {
+          if (stream) {
+            fastnets::FASTNETS_ISA::stream(to + pixels[0].to, sum[r][0]);
+            fastnets::FASTNETS_ISA::stream(to + pixels[1].to, sum[r][1]);
+            continue;
+          }
+        }
         store(to + pixels[0].to, sum[r][0]), store(to + pixels[1].to, sum[r][1]);
       }
       return;
@@ -64,16 +73,20 @@ struct PlanesTile {
 };
 
 // Where every tap is alone and reads what lies at its result, a plane is one row.
-Phase joined(const Phase& phase) {
-  Phase row = phase;
+bool one_row(const Phase& phase) {
   for (const Axis& axis : phase.axes) {
-    if (axis.taps != 1 || axis.pull != 1 || axis.step != 1 || axis.offset != 0 || axis.count != axis.extent) return row;
+    if (axis.taps != 1 || axis.pull != 1 || axis.step != 1 || axis.offset != 0 || axis.count != axis.extent) {
+      return false;
+    }
   }
+  return true;
+}
+Phase joined(Phase phase) {
   for (int d = 0; d < 2; ++d) {
-    row.axes[2].count *= row.axes[d].count, row.axes[2].extent = row.axes[2].count;
-    row.axes[d].count = row.axes[d].extent = 1;
+    phase.axes[2].count *= phase.axes[d].count, phase.axes[2].extent = phase.axes[2].count;
+    phase.axes[d].count = phase.axes[d].extent = 1;
   }
-  return row;
+  return phase;
 }
 
 // `count` results of the axis, from `begin`.
@@ -143,7 +156,8 @@ PlanesCut cut_planes(const Phase& phase) {
 
 template <class T, class S>
 void gather_rows(const Phase& whole) {
-  const Phase phase = joined(whole);
+  const bool row = one_row(whole);
+  const Phase phase = row ? joined(whole) : whole;
   const ConvShape& s = phase.p.shape;
   const int64_t depth = phase.depth(), panels = (phase.channels + kTileRows - 1) / kTileRows;
   const int64_t packed_size = panels * kTileRows * depth;
@@ -155,33 +169,38 @@ void gather_rows(const Phase& whole) {
   const int64_t outer = s.batch * s.groups, work = cut.height * cut.width * (depth + 1) * phase.channels;
   const int64_t source_pixels = phase.axes[0].extent * phase.axes[1].extent * phase.axes[2].extent;
   const int64_t result_pixels = phase.result_sizes[0] * phase.result_sizes[1] * phase.result_sizes[2];
-  const bool plain = !phase.p.residual && !phase.p.kept && phase.p.activation == Activation::kNone &&
-                     phase.axes[2].step * phase.result.at[2] == 1;
+  bool padded = false;
+  for (const Axis& axis : phase.axes)
+    padded |= !inside(axis, low(axis, 0)) || !inside(axis, low(axis, axis.count - 1) + axis.span());
   parallel(cut.count() * outer, kGrain / work + 1, [&](int64_t begin, int64_t end) {
     int64_t* offsets = static_cast<int64_t*>(scratch(kRunSlot, (depth + 1) * sizeof(int64_t)));
     int64_t last = -1;
     for (int64_t i = begin; i < end; ++i) {
-      // The same block of all images and groups one after the other: they are zero in the same places.
-      const int64_t piece = i / outer, image = i % outer / s.groups, group = i % s.groups;
+      const int64_t piece = i % cut.count(), image = i / cut.count() / s.groups, group = i / cut.count() % s.groups;
       const Phase block = cut.block(piece);
       const int64_t height = block.axes[1].count, width = block.axes[2].count;
       const Plane<T> plane(block.axes, height);
-      const int64_t size = phase.source_channels * plane.size();
-      T* staged = static_cast<T*>(scratch(kStageSlot, (size + kLanes<T>)*sizeof(T)));
-      if (piece != last) {
-        std::memset(staged, 0, static_cast<size_t>(size) * sizeof(T));
-        for (int64_t c = 0; c < phase.source_channels; ++c) {
-          int64_t* of = offsets + c * phase.taps();
-          plane.taps(of);
-          for (int64_t t = 0; t < phase.taps(); ++t) of[t] += c * plane.size();
-        }
-        last = piece;
-      }
       const S* source = static_cast<const S*>(phase.p.source) +
                         (image * s.groups * source_pixels) * phase.source_channels +
                         group * phase.source_channels * phase.source.channel;
+      const T* from = nullptr;
+      int64_t channel = plane.size();
+      const bool in_place = std::is_same_v<S, T> && row && phase.source.at[2] == 1 && width >= kLanes<T>;
+      if constexpr (std::is_same_v<S, T>) {
+        if (in_place) from = source + low(block.axes[2], 0), channel = phase.source.channel;
+      }
+      if (!in_place) {
+        const int64_t size = phase.source_channels * plane.size();
+        T* staged = static_cast<T*>(scratch(kStageSlot, (size + kLanes<T>)*sizeof(T)));
+        if (padded && piece != last) std::memset(staged, 0, static_cast<size_t>(size) * sizeof(T));
+        for (int64_t c = 0; c < phase.source_channels; ++c) {
+          plane.stage(source + c * phase.source.channel, phase.source, 0, 0, staged + c * plane.size());
+        }
+        from = staged, last = piece;
+      }
       for (int64_t c = 0; c < phase.source_channels; ++c) {
-        plane.stage(source + c * phase.source.channel, phase.source, 0, 0, staged + c * plane.size());
+        plane.taps(offsets + c * phase.taps());
+        for (int64_t t = c * phase.taps(); t < (c + 1) * phase.taps(); ++t) offsets[t] += c * channel;
       }
       const Block all{{staged_axis(block.axes[0], 0, 1), staged_axis(block.axes[1], 0, height),
                        staged_axis(block.axes[2], 0, width)},
@@ -190,25 +209,34 @@ void gather_rows(const Phase& whole) {
           block, all, image * s.groups * phase.channels * result_pixels + group * phase.channels * phase.result.channel,
           group * phase.channels};
       const int64_t origin = finish.offset(0, 0), step = block.axes[2].step * phase.result.at[2];
+      const bool plain = step == 1 && finish.plain();
+      // Every vector begins whole vectors after the result itself.
+      const bool stream = plain && finish.streams(phase.axes[2].count);
       const int64_t next_row = block.axes[1].step * phase.result.at[1];
-      const PlanesTile<T, S> tile{finish, staged, offsets, depth, step};
+      const PlanesTile<T, S> tile{finish, from, offsets, depth, step};
       for (int64_t panel = 0; panel < panels; ++panel) {
         const int64_t first = panel * kTileRows;
         const int channels = static_cast<int>(at_most(kTileRows, phase.channels - first));
         for (Vectors<T> vector(plane); vector.row < height;) {
           Pixels pixels[kPixelVectors];
           for (Pixels& now : pixels) {
-            const bool there = vector.row < height;  // else the first once more, computed and dropped
-            now = {there ? vector.at() : pixels[0].from, origin + vector.row * next_row + vector.column * step,
-                   there ? vector.lanes() : 0};
-            if (there) vector.next();
+            if (vector.row == height) {  // the first once more, computed and dropped
+              now = {pixels[0].from, 0, 0};
+              continue;
+            }
+            // In place nothing is read past a row: its last vector overlaps the one before.
+            if (in_place) vector.column = at_most(vector.column, width - kLanes<T>);
+            now = {vector.at(), origin + vector.row * next_row + vector.column * step, vector.lanes()};
+            vector.next();
           }
           with_count<kTileRows, 2>((channels + 1) / 2 * 2, [&](auto n) {
-            tile.template run<n.value>(packed + group * packed_size + first * depth, pixels, first, channels, plain);
+            tile.template run<n.value>(packed + group * packed_size + first * depth, pixels, first, channels, plain,
+                                       stream);
           });
         }
       }
     }
+    streamed();
   });
 }
 
@@ -217,8 +245,8 @@ void gather_rows(const Phase& whole) {
 // Cycles for a result pixel, all channels: products, and elements that are transposed on their way.
 bool planes_pay(const Phase& phase) {
   const bool planes = !phase.p.shape.channels_last;
-  const Phase row = joined(phase);
-  const int64_t lanes = kLanes<float>, width = row.axes[2].count, turned = phase.source_channels + phase.channels;
+  const int64_t lanes = kLanes<float>, width = (one_row(phase) ? joined(phase) : phase).axes[2].count,
+                turned = phase.source_channels + phase.channels;
   if (width == 0 || phase.depth() == 0) return false;
   const double by_pixels = static_cast<double>(phase.depth() * phase.channels) / lanes * round_up(width, lanes) / width;
   const double by_channels = static_cast<double>(phase.depth() * round_up(phase.channels, lanes)) / lanes;

@@ -195,7 +195,11 @@ struct Winograd {
         group * phase.channels};
     if (s.channels_last) {
       Walk results = finish.results();
-      finish.channels_last(first, vectors, sums, block.pixels(), results);
+      for (int64_t q = 0; q < block.pixels(); q += kTileRows, sums += kTileRows * row) {
+        S* at[kTileRows];
+        results.take(kTileRows, static_cast<S*>(phase.p.result) + first, at);
+        finish.channels_last(first, vectors, sums, at, at_most(kTileRows, block.pixels() - q));
+      }
     } else {
       finish.planes(first, vectors, sums);
     }

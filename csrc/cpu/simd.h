@@ -130,6 +130,33 @@ FASTNETS_INLINE Vec<double> load(const double* p) {
 FASTNETS_INLINE void store(float* p, Vec<float> v) { std::memcpy(p, &v, sizeof v); }
 FASTNETS_INLINE void store(double* p, Vec<double> v) { std::memcpy(p, &v, sizeof v); }
 
+// Past the caches, for results too large to stay in them: what a store would read first is not read. p is aligned to
+// the vector; streamed() makes the stores visible to other threads.
+FASTNETS_INLINE void stream(float* p, Vec<float> v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, __m512(v));
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, __m256(v));
+#else
+  store(p, v);
+#endif
+}
+FASTNETS_INLINE void stream(double* p, Vec<double> v) {
+#if defined(__AVX512F__)
+  _mm512_stream_pd(p, __m512d(v));
+#elif defined(__AVX2__)
+  _mm256_stream_pd(p, __m256d(v));
+#else
+  store(p, v);
+#endif
+}
+inline void streamed() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+constexpr int64_t kStreamBytes = 4 << 20;  // of a result: about a core's share of the last-level cache
+
 FASTNETS_INLINE Vec<float> load(const BFloat16* p) {
   typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
   typedef uint32_t Word __attribute__((vector_size(kVectorBytes)));

@@ -53,7 +53,7 @@ struct ChannelsTile {
   const TapAt* taps;
   const T* const* factors;  // of each tap
   int64_t count;            // of taps
-  bool plain;               // nothing in the epilogue but the bias
+  bool plain = finish.plain(), streams = plain && finish.streams(phase.channels);
 
   // Results from `w`, of `columns` channels from `first`; `source` is at that channel. More results than one lie in the
   // interior.
@@ -69,6 +69,14 @@ struct ChannelsTile {
       for (int v = 0; v < kTileVectors; ++v) sum[r][v] = bias[v];
     }
     source += w * apart;
+    if (kCount > 1 &&
+        count > 0) {  // what the next results take of the last row: the others were read for the row before
+      const S* next = source + taps[count - 1].offset + 2 * kCount * apart;
+#pragma GCC unroll 8
+      for (int r = 0; r < kCount; ++r) {
+        for (int v = 0; v < kTileVectors; ++v) __builtin_prefetch(next + r * apart + v * kLanes<T>);
+      }
+    }
     for (int64_t t = 0; t < count; ++t) {
       if (kCount == 1 && !inside(axis, taps[t].x + w * axis.pull)) continue;
       const S* at = source + taps[t].offset;
@@ -90,6 +98,12 @@ struct ChannelsTile {
       for (int v = 0; v < kTileVectors; ++v) {
         const int64_t at = to + r * step + v * kLanes<T>;
         if (kWhole && plain) {
+          if constexpr (std::is_same_v<S, T>) {
+            if (streams) {
+              stream(static_cast<S*>(phase.p.result) + at, sum[r][v]);
+              continue;
+            }
+          }
           store(static_cast<S*>(phase.p.result) + at, sum[r][v]);
         } else {
           finish.write(sum[r][v], at, lanes_of<T>(columns, v), 1);
@@ -161,7 +175,6 @@ void gather_channels(const Phase& phase) {
   const int64_t result_pixels = phase.result_sizes[0] * phase.result_sizes[1] * phase.result_sizes[2];
   const int64_t row_work = axes[2].count * phase.channels * phase.taps();
   const ConvGather& p = phase.p;
-  const bool plain = !p.residual && !p.kept && p.activation == Activation::kNone;
   parallel(s.batch * axes[0].count * axes[1].count, kGrain / (row_work + 1) + 1, [&](int64_t begin, int64_t end) {
     TapAt* taps = static_cast<TapAt*>(scratch(kRunSlot, (phase.taps() + 1) * sizeof(TapAt)));
     const T** factors = static_cast<const T**>(scratch(kSumSlot, (phase.taps() + 1) * sizeof(T*)));
@@ -182,8 +195,9 @@ void gather_channels(const Phase& phase) {
       const Block row{{staged_axis(axes[0], d, 1), staged_axis(axes[1], h, 1), staged_axis(axes[2], 0, axes[2].count)},
                       1};
       const Finish<T, S> finish{phase, row, image * phase.channels * result_pixels, 0};
-      ChannelsTile<T, S>{phase, finish, taps, factors, count, plain}.row(source, interior, finish.offset(0, 0));
+      ChannelsTile<T, S>{phase, finish, taps, factors, count}.row(source, interior, finish.offset(0, 0));
     }
+    streamed();
   });
 }
 
@@ -368,6 +382,7 @@ void gather_planes(const Phase& phase, int64_t repeat, int64_t passes) {
                                 0};
       const Vec<T> bias = broadcast<T>(given ? T(to_float(given[channel])) : T(0));
       const int64_t origin = finish.offset(0, 0), next_row = axes[1].step * phase.result.at[1];
+      const bool streams = step == 1 && finish.plain() && finish.streams(axes[2].count);
       for (Vectors<T> vector(plane); vector.row < plane.count;) {
         const T* at[kResults];
         int64_t to[kResults];
@@ -385,9 +400,18 @@ void gather_planes(const Phase& phase, int64_t repeat, int64_t passes) {
 #pragma GCC unroll 8
           for (int r = 0; r < kResults; ++r) sum[r] = fma<T>(load(at[r] + offsets[t]), weight, sum[r]);
         }
-        for (int r = 0; r < n; ++r) finish.write(sum[r], to[r], lanes[r], step);
+        for (int r = 0; r < n; ++r) {
+          if constexpr (std::is_same_v<S, T>) {
+            if (streams) {
+              stream(static_cast<S*>(phase.p.result) + to[r], sum[r]);
+              continue;
+            }
+          }
+          finish.write(sum[r], to[r], lanes[r], step);
+        }
       }
     }
+    streamed();
   });
 }
 

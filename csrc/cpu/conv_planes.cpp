@@ -138,19 +138,24 @@ struct PlanesCut {
   }
 };
 
+// Bytes of the staged source of a block's channels.
+template <class T>
+int64_t staged_bytes(const PlanesCut& cut) {
+  const Phase block = cut.block(0);
+  return Plane<T>(block.axes, cut.height).size() * block.source_channels * static_cast<int64_t>(sizeof(T));
+}
+
+template <class T>
+constexpr int64_t kLeastWidth = kPixelVectors * kLanes<T>;
+
 template <class T>
 PlanesCut cut_planes(const Phase& phase) {
   PlanesCut cut{phase, phase.axes[1].count, phase.axes[2].count};
   const int64_t outer = phase.p.shape.batch * phase.p.shape.groups, threads = thread_count();
-  const int64_t wanted = threads > 1 ? 3 * threads : 1, least = kPixelVectors * kLanes<T>;
-  const auto bytes = [&] {
-    const Phase block = cut.block(0);
-    return Plane<T>(block.axes, cut.height).size() * phase.source_channels * static_cast<int64_t>(sizeof(T));
-  };
-  while (cut.height > 1 && (bytes() > kStageBytes || outer * cut.count() < wanted)) cut.height = (cut.height + 1) / 2;
-  while (cut.width > least && (bytes() > kStageBytes || outer * cut.count() < wanted)) {
-    cut.width = round_up((cut.width + 1) / 2, least);
-  }
+  const int64_t wanted = threads > 1 ? 3 * threads : 1;
+  const auto large = [&] { return staged_bytes<T>(cut) > kStageBytes || outer * cut.count() < wanted; };
+  while (cut.height > 1 && large()) cut.height = (cut.height + 1) / 2;
+  while (cut.width > kLeastWidth<T> && large()) cut.width = round_up((cut.width + 1) / 2, kLeastWidth<T>);
   return cut;
 }
 
@@ -242,15 +247,16 @@ void gather_rows(const Phase& whole) {
 
 }  // namespace
 
-// Cycles for a result pixel, all channels: products, and elements that are transposed on their way.
+// By cycles for a result pixel, all channels: products, and elements that are transposed on their way.
 bool planes_pay(const Phase& phase) {
-  const bool planes = !phase.p.shape.channels_last;
-  const int64_t lanes = kLanes<float>, width = (one_row(phase) ? joined(phase) : phase).axes[2].count,
-                turned = phase.source_channels + phase.channels;
-  if (width == 0 || phase.depth() == 0) return false;
-  const double by_pixels = static_cast<double>(phase.depth() * phase.channels) / lanes * round_up(width, lanes) / width;
-  const double by_channels = static_cast<double>(phase.depth() * round_up(phase.channels, lanes)) / lanes;
-  return by_pixels + (planes ? 0 : 2 * turned) < by_channels + (planes ? turned : 0);
+  if (phase.depth() == 0) return false;
+  const Phase plane = one_row(phase) ? joined(phase) : phase;
+  const int64_t lanes = kLanes<float>, width = plane.axes[2].count, turned = phase.source_channels + phase.channels;
+  if (staged_bytes<float>({plane, 1, at_most(width, kLeastWidth<float>)}) > 4 * kStageBytes) return false;
+  const auto products = [&](int64_t of) { return static_cast<double>(phase.depth() * of) / lanes; };
+  const double by_pixels = products(phase.channels) * round_up(width, lanes) / width;
+  const double by_channels = products(round_up(phase.channels, lanes));
+  return phase.p.shape.channels_last ? by_pixels + 2 * turned < by_channels : by_pixels < by_channels + turned;
 }
 
 void planes_gather(const Phase& phase) {

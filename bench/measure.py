@@ -10,12 +10,20 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Timing", "compare", "freed_memory_kept", "peak_memory", "quantile"]
+import torch
+
+from fastnets import _library
+
+__all__ = ["Limits", "Timing", "compare", "freed_memory_kept", "peak_memory", "quantile"]
 
 Call = Callable[[], object]
 
 _BLOCK = 2e-3
 """Seconds that one sample lasts at least: a short call is repeated within a sample, against the clock's own cost."""
+_COPIED = 256 << 20
+"""Bytes of the copy that gives the bandwidth."""
+_ROUNDS = 2_000_000
+"""Of multiply-adds: some milliseconds."""
 _FEWEST = 3
 """Samples of every rival, however long one takes."""
 
@@ -46,6 +54,36 @@ class Timing:
     @property
     def p80(self) -> float:
         return quantile(self.samples, 0.8)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the machine does at most, on the threads that torch uses; None where it was not measured."""
+
+    flops: float | None
+    """A second, of float32 multiply-adds in registers."""
+    bytes: float | None
+    """A second, read and written by a copy much larger than the caches."""
+
+    @classmethod
+    def measured(cls) -> "Limits":
+        source = torch.ones(_COPIED // 4)
+        target = torch.empty_like(source)
+        copy = min(_repeat(lambda: target.copy_(source), 1) for _ in range(5))
+        if _library.missing is not None:
+            return cls(None, 2 * _COPIED / copy)
+        pairs = [(torch.ops.fastnets.cpu_multiply_adds(_ROUNDS), 0.0)]  # the first wakes the threads
+        for _ in range(9):
+            start = time.perf_counter()
+            count = torch.ops.fastnets.cpu_multiply_adds(_ROUNDS)
+            pairs.append((count, time.perf_counter() - start))
+        return cls(max(2 * count / seconds for count, seconds in pairs[1:]), 2 * _COPIED / copy)
+
+    def share(self, flops: float, size: float, seconds: float) -> float | None:
+        """Of the limit that a call comes closer to: its FLOPs or its bytes over what the machine does in that time."""
+        amounts = ((flops, self.flops), (size, self.bytes))
+        shares = [amount / limit / seconds for amount, limit in amounts if amount and limit]
+        return max(shares, default=None)
 
 
 def _repeat(call: Call, times: int) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from .measure import Timing
+from .measure import Limits, Timing
 from .rows import MODES, OURS, THEIRS, Row
 
 __all__ = ["Measurement", "as_csv", "as_json", "geometric_means", "plot", "table", "totals"]
@@ -24,6 +24,8 @@ class Measurement:
     timings: dict[str, Timing]
     memory: dict[str, int | None]
     """Peak memory of a call, in bytes."""
+    limits: Limits
+    """The machine's."""
 
     @property
     def speedup(self) -> float:
@@ -35,6 +37,11 @@ class Measurement:
         amounts = ((self.row.flops / 1e9, "GFLOP/s"), (self.row.items, "samples/s"), (self.row.bytes / 1e9, "GB/s"))
         return next(((amount / self.timings[rival].p50, unit) for amount, unit in amounts if amount), None)
 
+    @property
+    def share(self) -> float | None:
+        """Of the machine's limit, FLOPs or bytes, that we reach; fewer products than counted can take it past 1."""
+        return self.limits.share(self.row.flops, self.row.bytes, self.timings[OURS].p50)
+
     def figures(self) -> dict[str, Any]:
         """One flat record: times in seconds, memory in bytes."""
         record = {
@@ -43,6 +50,7 @@ class Measurement:
             "dtype": str(self.row.dtype).removeprefix("torch."),
             "mode": self.row.mode,
             "speedup": self.speedup,
+            "share_of_limit": self.share,
         }
         for rival, timing in self.timings.items():
             rate = self.rate(rival)
@@ -99,12 +107,13 @@ def as_csv(measurements: list[Measurement], environment: dict[str, Any]) -> str:
 
 
 def table(measurements: list[Measurement]) -> Table:
-    """The rows: times in ms as p50 (p20-p80), the speed-up, and rates and peak memory as fastnets / torch."""
+    """The rows: times in ms as p50 (p20-p80), the speed-up, rates as fastnets / torch, our share
+    of what the machine can do at most, and peak memory as fastnets / torch."""
     shown = Table(box=None)
     shown.add_column("case", overflow="fold", min_width=24)
     for column in ("dtype", "mode"):
         shown.add_column(column, no_wrap=True)
-    for column in ("fastnets ms", "torch ms", "speed-up", "rate", "peak MB"):
+    for column in ("fastnets ms", "torch ms", "speed-up", "rate", "of peak", "MB"):
         shown.add_column(column, justify="right", no_wrap=True)
     family = None
     for m in measurements:
@@ -121,6 +130,7 @@ def table(measurements: list[Measurement]) -> Table:
             *(_milliseconds(m.timings[rival]) for rival in (OURS, THEIRS)),
             f"{m.speedup:.2f}x",
             rates if not ours or ours[1] == unit else f"{rates} {ours[1]}",
+            "-" if m.share is None else f"{m.share:.0%}",
             " / ".join(_megabytes(m.memory[rival]) for rival in (OURS, THEIRS)),
         )
     return shown

@@ -15,6 +15,7 @@ def _measurement(family: str, mode: str, ours: float, theirs: float, **row) -> r
         Row(family, "case", torch.float32, mode, dict, **row),
         {OURS: measure.Timing([ours]), THEIRS: measure.Timing([theirs])},
         {OURS: 1000000, THEIRS: None},
+        measure.Limits(flops=12e9, bytes=8e9),
     )
 
 
@@ -52,6 +53,19 @@ def test_peak_memory_is_that_of_the_call():
     with measure.freed_memory_kept():
         assert used(1) == pytest.approx(size, rel=0.02)
         assert used(2) == pytest.approx(2 * size, rel=0.02)
+
+
+def test_share_of_what_the_machine_can_do():
+    assert _measurement("conv", "forward", 0.5, 1.0, flops=3e9).share == 0.5
+    assert _measurement("softmax", "forward", 0.5, 1.0, bytes=1e9).share == 0.25
+    assert _measurement("conv", "forward", 0.5, 1.0, flops=3e9, bytes=3e9).share == 0.75  # the limit that is closer
+    assert _measurement("network", "forward", 0.5, 1.0, items=3.0).share is None
+
+
+def test_limits_are_of_this_machine():
+    limits = measure.Limits.measured()
+    assert limits.bytes > 1e8
+    assert limits.flops is None or limits.flops > limits.bytes / 8  # a processor has more than a FLOP for a float
 
 
 def test_rates():

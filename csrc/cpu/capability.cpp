@@ -6,11 +6,12 @@
 #include <string>
 
 #include "kernels.h"
+#include "peak.h"
 
 namespace fastnets {
 namespace {
 
-enum Capability : int { kGeneric, kAvx2, kAvx512, kAvx512Bf16, kCapabilities };
+constexpr int kCapabilities = 4;
 constexpr const char* kNames[kCapabilities] = {"generic", "avx2", "avx512", "avx512_bf16"};
 
 int detect() {
@@ -20,9 +21,12 @@ int detect() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
-  return bf16 ? kAvx512Bf16 : avx512 ? kAvx512 : avx2 ? kAvx2 : kGeneric;
+  return static_cast<int>(bf16     ? Capability::kAvx512Bf16
+                          : avx512 ? Capability::kAvx512
+                          : avx2   ? Capability::kAvx2
+                                   : Capability::kGeneric);
 #else
-  return kGeneric;
+  return static_cast<int>(Capability::kGeneric);
 #endif
 }
 
@@ -38,14 +42,14 @@ int choose() {
   return wanted;
 }
 
-int capability() {
-  static const int chosen = choose();
-  return chosen;
-}
-
-int64_t cpu_capability() { return capability(); }
+int64_t cpu_capability() { return static_cast<int64_t>(capability()); }
 
 }  // namespace
+
+Capability capability() {
+  static const auto chosen = static_cast<Capability>(choose());
+  return chosen;
+}
 
 const Kernels& kernels() {
 #define FASTNETS_GENERIC(name, Params) generic::name,
@@ -63,9 +67,10 @@ const Kernels& kernels() {
     return table;
   }();
   switch (capability()) {
-    case kAvx512Bf16: return bf16_kernels;
-    case kAvx512: return avx512_kernels;
-    case kAvx2: return avx2_kernels;
+    case Capability::kAvx512Bf16: return bf16_kernels;
+    case Capability::kAvx512: return avx512_kernels;
+    case Capability::kAvx2: return avx2_kernels;
+    case Capability::kGeneric: break;
   }
 #endif
   return generic_kernels;

@@ -1,6 +1,7 @@
 """`fastnets bench`: every benchmark row beside PyTorch's own, interleaved, in one process."""
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import time
@@ -68,10 +69,12 @@ def run(args: argparse.Namespace) -> int:
     found: list[report.Measurement] = []
     left_out: dict[str, str] = {}
     setting = environment.record() | {"verified": not args.skip_verify}
+    limits = measure.Limits.measured()
+    setting["limits"] = dataclasses.asdict(limits)
     interrupted = False
     seconds = args.seconds or (_QUICK_SECONDS if args.quick else _SECONDS)
     try:
-        for measurement in measured(rows, seconds, progress, left_out):
+        for measurement in measured(rows, seconds, limits, progress, left_out):
             found.append(measurement)
     except KeyboardInterrupt:
         interrupted = True
@@ -112,7 +115,7 @@ def _verified(args: argparse.Namespace, out: Console, progress: Console) -> bool
 
 
 def measured(
-    rows: list[Row], seconds: float, progress_on: Console, left_out: dict[str, str]
+    rows: list[Row], seconds: float, limits: measure.Limits, progress_on: Console, left_out: dict[str, str]
 ) -> Iterator[report.Measurement]:
     """Measures row by row under a progress bar; the rows left share the time left.
 
@@ -132,7 +135,7 @@ def measured(
                 continue
             timings = measure.compare(calls, share)
             memory = {name: measure.peak_memory(call) for name, call in calls.items()}
-            yield report.Measurement(row, timings, memory)
+            yield report.Measurement(row, timings, memory, limits)
             progress.advance(task)
 
 
@@ -152,6 +155,11 @@ def _print(found: list[report.Measurement], setting: dict[str, Any], out: Consol
     out.print()
     out.print(report.table(found))
     out.print("times: median (20th-80th percentile); rates and peak memory of one call: fastnets / torch")
+    flops, size = setting["limits"]["flops"], setting["limits"]["bytes"]
+    most = f"{flops / 1e9:.0f} GFLOP/s of float32 multiply-adds or " if flops else ""
+    out.print(
+        f"of peak: ours, of {most}{size / 1e9:.1f} GB/s of a large copy, measured before; Winograd counts as direct"
+    )
     out.print()
     out.print(report.totals(found))
     for title, reason in setting["left_out"].items():

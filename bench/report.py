@@ -32,6 +32,12 @@ class Measurement:
         """PyTorch's median time over ours."""
         return self.timings[THEIRS].p50 / self.timings[OURS].p50
 
+    @property
+    def against_best(self) -> float | None:
+        """The fastest rival's median time over ours; None where PyTorch is the only one."""
+        others = [timing.p50 for rival, timing in self.timings.items() if rival != OURS]
+        return min(others) / self.timings[OURS].p50 if len(others) > 1 else None
+
     def rate(self, rival: str) -> tuple[float, str] | None:
         """What the rival reaches at its median, and the unit."""
         amounts = ((self.row.flops / 1e9, "GFLOP/s"), (self.row.items, "samples/s"), (self.row.bytes / 1e9, "GB/s"))
@@ -51,6 +57,7 @@ class Measurement:
             "mode": self.row.mode,
             "speedup": self.speedup,
             "share_of_limit": self.share,
+            "against_best": self.against_best,
         }
         for rival, timing in self.timings.items():
             rate = self.rate(rival)
@@ -113,7 +120,8 @@ def table(measurements: list[Measurement]) -> Table:
     shown.add_column("case", overflow="fold", min_width=24)
     for column in ("dtype", "mode"):
         shown.add_column(column, no_wrap=True)
-    for column in ("fastnets ms", "torch ms", "speed-up", "rate", "of peak", "MB"):
+    others = any(m.against_best for m in measurements)
+    for column in ("fastnets ms", "torch ms", "speed-up", "rate", "of peak", "MB", *["best rival"] * others):
         shown.add_column(column, justify="right", no_wrap=True)
     family = None
     for m in measurements:
@@ -132,6 +140,7 @@ def table(measurements: list[Measurement]) -> Table:
             rates if not ours or ours[1] == unit else f"{rates} {ours[1]}",
             "-" if m.share is None else f"{m.share:.0%}",
             " / ".join(_megabytes(m.memory[rival]) for rival in (OURS, THEIRS)),
+            f"{m.against_best:.2f}x" if m.against_best else "",
         )
     return shown
 
@@ -146,6 +155,9 @@ def totals(measurements: list[Measurement]) -> Table:
     for family in dict.fromkeys(family for family, _ in means):
         values = (means.get((family, mode)) for mode in MODES)
         shown.add_row(family, *("-" if value is None else f"{value:.2f}x" for value in values))
+    best = [math.log(m.against_best) for m in measurements if m.against_best]
+    if best:
+        shown.add_row("against the best rival", f"{math.exp(sum(best) / len(best)):.2f}x")
     return shown
 
 

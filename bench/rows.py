@@ -3,6 +3,7 @@
 FLOPs are counted as docs/benchmarks.md says.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastnets import dispatch, nn, testing
+from fastnets.bench.rivals import RIVALS, Unavailable
 from fastnets.networks import NETWORKS, Network
 
 __all__ = ["MODES", "NETWORK", "OURS", "THEIRS", "Row", "network_rows", "operator_rows"]
@@ -49,15 +51,15 @@ class Row:
         return f"{self.family} {self.name} {str(self.dtype).removeprefix('torch.')} {self.mode}"
 
 
-def operator_rows(cases: Iterable[testing.Case]) -> list[Row]:
-    """A forward and a training row for every benchmark case and dtype."""
+def operator_rows(cases: Iterable[testing.Case], rivals: Iterable[str] = ()) -> list[Row]:
+    """A forward and a training row for every benchmark case and dtype; forwards, beside these of RIVALS too."""
     return [
         Row(
             family=case.op,
             name=case.name,
             dtype=dtype,
             mode=mode,
-            prepare=lambda case=case, dtype=dtype, mode=mode: _operator_calls(case, dtype, mode),
+            prepare=lambda case=case, dtype=dtype, mode=mode: _operator_calls(case, dtype, mode, tuple(rivals)),
             flops=case.flops if mode == "forward" else case.training_flops or 3 * case.flops,
             bytes=case.elements * dtype.itemsize if mode == "forward" else 0.0,
         )
@@ -96,11 +98,15 @@ def network_rows(names: Iterable[str] = NETWORKS) -> list[Row]:
     return rows
 
 
-def _operator_calls(case: testing.Case, dtype: torch.dtype, mode: str) -> Calls:
+def _operator_calls(case: testing.Case, dtype: torch.dtype, mode: str, others: tuple[str, ...]) -> Calls:
     inputs = testing.cast(case.inputs(torch.Generator().manual_seed(0)), dtype)
     rivals = {OURS: case.function, THEIRS: case.peer or _on_reference(case.function)}
     if mode == "forward":
-        return {name: _forward(functools.partial(function, **inputs)) for name, function in rivals.items()}
+        calls = {name: _forward(functools.partial(function, **inputs)) for name, function in rivals.items()}
+        for name in others:
+            with contextlib.suppress(Unavailable):
+                calls[name] = RIVALS[name](rivals[THEIRS], inputs)
+        return calls
     for name, tensor in inputs.items():
         if tensor is not None and tensor.is_floating_point() and name not in case.constant:
             tensor.requires_grad_()

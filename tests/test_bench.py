@@ -7,6 +7,7 @@ import torch
 
 from fastnets import testing
 from fastnets.bench import measure, report
+from fastnets.bench.rivals import RIVALS, missing
 from fastnets.bench.rows import OURS, THEIRS, Row, operator_rows
 
 
@@ -60,6 +61,23 @@ def test_share_of_what_the_machine_can_do():
     assert _measurement("softmax", "forward", 0.5, 1.0, bytes=1e9).share == 0.25
     assert _measurement("conv", "forward", 0.5, 1.0, flops=3e9, bytes=3e9).share == 0.75  # the limit that is closer
     assert _measurement("network", "forward", 0.5, 1.0, items=3.0).share is None
+
+
+def test_the_fastest_rival_counts():
+    m = _measurement("conv", "forward", 0.5, 1.0)
+    assert m.against_best is None
+    m.timings["compile"] = measure.Timing([0.75])
+    assert (m.speedup, m.against_best) == (2.0, 1.5)
+
+
+def test_rivals_run_the_same_function():
+    case = next(case for case in testing.operator_table("softmax") if case.benchmark)
+    inputs = case.inputs(torch.Generator().manual_seed(0))
+    available = [name for name in RIVALS if missing(name) is None]
+    assert "compile" in available
+    for name in available:
+        found = RIVALS[name](case.peer, inputs)()
+        torch.testing.assert_close(torch.as_tensor(found[0] if name == "onnxruntime" else found), case.peer(**inputs))
 
 
 def test_limits_are_of_this_machine():

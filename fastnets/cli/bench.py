@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .. import testing
 from ..bench import environment, measure, report
+from ..bench.rivals import RIVALS, missing
 from ..bench.rows import NETWORK, Row, network_rows, operator_rows
 from ..networks import MissingPackageError
 from . import INTERRUPTED, UsageError, verify
@@ -39,6 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--quick", action="store_true", help=f"measure for {_QUICK_SECONDS} seconds only")
     parser.add_argument("--skip-verify", action="store_true", help="do not check first; the report says so")
+    parser.add_argument(
+        "--rival", action="append", choices=sorted(RIVALS), default=[], help="time this beside torch too, forwards"
+    )
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write figures and environment to FILE")
     parser.add_argument("--csv", type=output_file, metavar="FILE", help="write one line a row to FILE")
     parser.add_argument("--plot", type=_picture, metavar="FILE", help="draw the speed-ups (.png, .svg or .pdf)")
@@ -59,6 +63,9 @@ def _picture(name: str) -> Path:
 def run(args: argparse.Namespace) -> int:
     if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise UsageError("--plot needs matplotlib: pip install 'fastnets[bench]'")
+    for rival in args.rival:
+        if (advice := missing(rival)) is not None:
+            raise UsageError(f"--rival {rival} needs packages that are not here: {advice}")
     rows = _rows(args)
     out, progress = console(), console(stderr=True)
     if args.threads is not None:
@@ -94,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
 def _rows(args: argparse.Namespace) -> list[Row]:
     asked = args.op or FAMILIES
     families = [family for family in asked if family != NETWORK]
-    rows = operator_rows(testing.operator_table(*families)) if families else []
+    rows = operator_rows(testing.operator_table(*families), args.rival) if families else []
     rows += network_rows() if NETWORK in asked else []
     rows = [row for row in rows if selects(args, row.name, row.dtype)]
     if not rows:

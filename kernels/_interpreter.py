@@ -1,8 +1,10 @@
 """Runs kernels on CPU tensors, for tests: what Triton compiled them to (TTIR), executed by ttsem.
 
 Right for bfloat16, where TRITON_INTERPRET=1 is not. An access outside the tensors given, a race between two programs
-and an operation with an undefined result raise `ttsem.sanitize.KernelFault`, which names the line of the kernel.
+and an operation with an undefined result raise KernelFault, which names the line of the kernel.
 """
+
+from collections import Counter
 
 import numpy as np
 import torch
@@ -15,10 +17,15 @@ _TARGET = GPUTarget("cuda", 90, 32)
 _modules: dict[tuple, tuple] = {}
 
 
-class Unchecked:
-    """How many launches were too large to be searched for races."""
+launched: Counter[str] = Counter()
+"""Kernel -> how often it was run: with every access within its tensors, and without a race but for these."""
 
-    launches = 0
+unsearched: Counter[str] = Counter()
+"""Kernel -> how many of its launches were too large to be searched for races."""
+
+
+class KernelFault(sanitize.KernelFault, RuntimeError):
+    """As what a kernel raises that fails."""
 
 
 def _compiled(kernel, args, options):
@@ -63,15 +70,16 @@ def run(kernel, grid, args, options) -> None:
         buffer, past, before = sanitize._locate(record, fault)
         kind = "oob_write" if fault.kind == "write" else "oob_read"
         found = sanitize.Fault(kind, 0, kernel.__name__, sanitize._op_of(fault), buffer, past, before, str(fault))
-        raise sanitize.KernelFault(sanitize._with_source(found, text, file)) from None
+        raise KernelFault(sanitize._with_source(found, text, file)) from None
     except values.Poison as fault:
         found = sanitize.Fault("poison", 0, kernel.__name__, sanitize._op_of(fault), detail=str(fault))
-        raise sanitize.KernelFault(sanitize._with_source(found, text, file)) from None
+        raise KernelFault(sanitize._with_source(found, text, file)) from None
     if memory.access_overflow and sanitize._spans_may_race(memory.access_spans, []):
-        Unchecked.launches += 1
+        unsearched[kernel.__name__] += 1
     if (race := pidraces.find_race(memory.access_log)) is not None:
         found = sanitize._race_fault(record, race, 0, text, file)
-        raise sanitize.KernelFault(sanitize._with_source(found, text, file))
+        raise KernelFault(sanitize._with_source(found, text, file))
+    launched[kernel.__name__] += 1
     buffers = memory.buffers()
     for name, tensor in tensors.items():
         flat = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())

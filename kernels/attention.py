@@ -40,7 +40,7 @@ _TILES[9] = {
 # tcgen05's accumulators pass through registers whenever they are scaled: smaller tiles than 9.0's, which spilled.
 _TILES[10] = {
     2: {**_TILES[9][2], 128: ((128, 64, 8, 2), (128, 64, 8, 2)), 256: ((64, 64, 8, 1), (32, 64, 8, 1))},
-    4: _TILES[8][4],
+    4: {**_TILES[8][4], 64: ((64, 32, 4, 1), (32, 64, 4, 1))},
 }
 _TILES[12] = _TILES[8]
 _FEW = 16  # queries of a tile where there are no more
@@ -166,6 +166,20 @@ def visible_keys(first, SIZE: tl.constexpr, lq, lk, lower, upper, N: tl.constexp
 
 
 @triton.jit
+def whole_tiles(begin, end, full, stop, N: tl.constexpr, PLAIN: tl.constexpr):
+    """What of [full, stop) lies in [begin, end); nothing, from `begin`, unless scores are PLAIN products.
+
+    Scores with options ask every tile for its bounds, which costs little beside them: one loop, not three to compile.
+    """
+    if PLAIN:
+        full = tl.minimum(tl.maximum(full, begin), tl.maximum(begin, tl.cdiv(end, N) * N))
+        stop = tl.maximum(tl.minimum(stop, end // N * N), full)
+    else:
+        full, stop = begin, begin
+    return full, stop
+
+
+@triton.jit
 def row_products(
     held, side, other, first,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, WHOLE: tl.constexpr,
@@ -264,20 +278,21 @@ def attention_forward_kernel(
         each = tl.cdiv(tl.cdiv(tl.maximum(end - begin, 0), N), parts) * N
         begin += tl.program_id(1) * each
         end = tl.minimum(end, begin + each)
-    full = tl.minimum(tl.maximum(full, begin), tl.maximum(begin, tl.cdiv(end, N) * N))
-    stop = tl.maximum(tl.minimum(stop, end // N * N), full)
+    PLAIN: tl.constexpr = not (SOFTCAP or ALIBI or DROPOUT or mask_ptr is not None)
+    full, stop = whole_tiles(begin, end, full, stop, N, PLAIN)
     place = (i, length_q, length_k, lower, upper, offset)
     scoring = (factor, cap, mask_ptr, mask_i, mask_j, slope)
     dropping = (seed_ptr, batch, head, threshold)
-    if LEFT:
+    if LEFT and PLAIN:
         acc, largest, total = _forward_tiles(
             acc, largest, total, q, begin, tl.minimum(full, end), q_side, k_side, v_ptr, v_row, dv, place, scoring,
             dropping, M, N, D, DV, CHUNK, PRECISION, SOFTCAP, ALIBI, DROPOUT, LEFT, RIGHT, True,
         )  # fmt: skip
-    acc, largest, total = _forward_tiles(
-        acc, largest, total, q, full, stop, q_side, k_side, v_ptr, v_row, dv, place, scoring,
-        dropping, M, N, D, DV, CHUNK, PRECISION, SOFTCAP, ALIBI, DROPOUT, LEFT, RIGHT, False,
-    )  # fmt: skip
+    if PLAIN:
+        acc, largest, total = _forward_tiles(
+            acc, largest, total, q, full, stop, q_side, k_side, v_ptr, v_row, dv, place, scoring,
+            dropping, M, N, D, DV, CHUNK, PRECISION, SOFTCAP, ALIBI, DROPOUT, LEFT, RIGHT, False,
+        )  # fmt: skip
     acc, largest, total = _forward_tiles(
         acc, largest, total, q, stop, end, q_side, k_side, v_ptr, v_row, dv, place, scoring,
         dropping, M, N, D, DV, CHUNK, PRECISION, SOFTCAP, ALIBI, DROPOUT, LEFT, RIGHT, True,
@@ -422,10 +437,10 @@ def width_of(columns: int) -> int:
     return max(16, triton.next_power_of_2(columns))
 
 
-def chunk_of(columns: int, like: Tensor) -> int:
-    """How many columns of rows are multiplied at once: float32's wide rows, in two parts in TF32, fill registers."""
+def chunk_of(columns: int, like: Tensor, widest: int = 64) -> int:
+    """How many columns of rows are multiplied at once; float32's, two parts in TF32, are whole up to `widest` alone."""
     width = width_of(columns)
-    return min(width, 32) if like.element_size() == 4 and width > 64 else width
+    return min(width, 32) if like.element_size() == 4 and width > widest else width
 
 
 def is_general(options: dict) -> bool:
@@ -480,7 +495,7 @@ def attention_forward(
     width = max(width_of(q.size(3)), width_of(dv))
 
     def run(tile: dict) -> None:
-        if lq <= _FEW:
+        if lq <= _FEW < tile["M"]:
             tile = {**tile, "M": _FEW, "num_warps": 4}
         map_, tiles = map_of(starts_q, lq, sequences, tile["M"])
         programs = tiles * heads
@@ -543,8 +558,8 @@ def attention_weights(q, k, lse, mask, slopes, seed, scale, softcap, left, right
     if weights.numel() == 0:
         return weights
     options = options_of(q, k, mask, slopes, seed, scale, softcap, left, right, offset, dropout, tf32)
-    tile = {"M": 64, "N": 64, "num_warps": 4, "num_stages": 1}
+    tile = {"M": 64, "N": 64, "num_warps": 8, "num_stages": 1}
     tiles = q.size(0) * q.size(1) * triton.cdiv(q.size(2), 64) * triton.cdiv(k.size(2), 64)
-    width = {"D": width_of(q.size(3)), "CHUNK": chunk_of(q.size(3), q)}
+    width = {"D": width_of(q.size(3)), "CHUNK": chunk_of(q.size(3), q, 32)}
     launch(attention_weights_kernel, (tiles,), q, lse_ptr=lse, weights_ptr=weights, **width, **options, **tile)
     return weights

@@ -26,6 +26,7 @@ from .attention import (
     rows_of,
     scores_of,
     visible_keys,
+    whole_tiles,
     width_of,
     window_of,
     with_tile,
@@ -188,6 +189,8 @@ def attention_backward_keys_kernel(
     v = load_rows(v_ptr, v_row, start, length_k, dv, N, CHUNK_V, False)
     keys, columns, bounds = (k_ptr, v_ptr, k_row, v_row), (d, dv), (length_q, length_k, lower, upper, offset)
 
+    ALIBI: tl.constexpr = slopes_ptr is not None
+    PLAIN: tl.constexpr = not (SOFTCAP or ALIBI or seed_ptr is not None or mask_ptr is not None)
     last = tl.minimum(start + N, length_k) - 1
     begin, end = length_q * 0, length_q
     full, stop = length_q * 0, length_q
@@ -197,11 +200,10 @@ def attention_backward_keys_kernel(
     if LEFT:
         end = tl.minimum(tl.maximum(last - lower + 1, 0), length_q)
         stop = tl.minimum(tl.maximum(start - lower + 1, 0), length_q) // M * M
-    full = tl.maximum(full, begin)
-    stop = tl.maximum(stop, full)
+    full = tl.maximum(full, begin) if PLAIN else begin
+    stop = tl.maximum(stop, full) if PLAIN else begin
     grad_k = tl.zeros((N, D), tl.float32)
     grad_v = tl.zeros((N, DV), tl.float32)
-    ALIBI: tl.constexpr = slopes_ptr is not None
     for member in range(0, groups):
         head = kv_head * groups + member
         wide = head.to(tl.int64)
@@ -218,18 +220,19 @@ def attention_backward_keys_kernel(
         mask_at = memory * mask_batch + wide * mask_head
         scoring = (factor, cap, None if mask_ptr is None else mask_ptr + mask_at, mask_i, mask_j, slope)
         dropping = (seed_ptr, batch, head, threshold)
-        if RIGHT:
+        if RIGHT and PLAIN:
             grad_k, grad_v = _keys_tiles(
                 grad_k, grad_v, k, v, begin, tl.minimum(full, end), start, queries, keys, columns, bounds, scoring,
                 dropping, weights_base, keep_factor,
                 M, N, D, DV, CHUNK, CHUNK_V, PRECISION, SOFTCAP, ALIBI, LEFT, RIGHT, True,
             )  # fmt: skip
-        grad_k, grad_v = _keys_tiles(
-            grad_k, grad_v, k, v, full, stop, start, queries, keys, columns, bounds, scoring,
-            dropping, weights_base, keep_factor,
-            M, N, D, DV, CHUNK, CHUNK_V, PRECISION, SOFTCAP, ALIBI, LEFT, RIGHT, False,
-        )  # fmt: skip
-        if LEFT:
+        if PLAIN:
+            grad_k, grad_v = _keys_tiles(
+                grad_k, grad_v, k, v, full, stop, start, queries, keys, columns, bounds, scoring,
+                dropping, weights_base, keep_factor,
+                M, N, D, DV, CHUNK, CHUNK_V, PRECISION, SOFTCAP, ALIBI, LEFT, RIGHT, False,
+            )  # fmt: skip
+        if LEFT or not PLAIN:
             grad_k, grad_v = _keys_tiles(
                 grad_k, grad_v, k, v, stop, end, start, queries, keys, columns, bounds, scoring,
                 dropping, weights_base, keep_factor,
@@ -314,24 +317,25 @@ def attention_backward_queries_kernel(
     lse = tl.load(lse_ptr + rows + i, mask=i < length_q, other=float("inf"))
     delta = tl.load(delta_ptr + rows + i, mask=i < length_q, other=0.0)
     begin, end, full, stop = visible_keys(first, M, length_q, length_k, lower, upper, N, LEFT, RIGHT)
-    full = tl.minimum(tl.maximum(full, begin), tl.maximum(begin, tl.cdiv(end, N) * N))
-    stop = tl.maximum(tl.minimum(stop, end // N * N), full)
+    PLAIN: tl.constexpr = not (SOFTCAP or ALIBI or seed_ptr is not None or mask_ptr is not None)
+    full, stop = whole_tiles(begin, end, full, stop, N, PLAIN)
     grad_q = tl.zeros((M, D), tl.float32)
     q_side, grad_side = (q_ptr, q_row, first, length_q, d), (grad_out_ptr, grad_row, first, length_q, dv)
     keys, place = (k_ptr, v_ptr, k_row, v_row), (i, length_q, length_k, lower, upper, offset)
     scoring = (factor, cap, mask_ptr, mask_i, mask_j, slope)
     dropping = (seed_ptr, batch, head, threshold)
-    if LEFT:
+    if LEFT and PLAIN:
         grad_q = _queries_tiles(
             grad_q, q, grad_out, begin, tl.minimum(full, end), lse, delta, q_side, grad_side, keys, place, scoring,
             dropping, grad_weights_ptr, keep_factor,
             M, N, D, DV, CHUNK, CHUNK_V, PRECISION, SOFTCAP, ALIBI, LEFT, RIGHT, True,
         )  # fmt: skip
-    grad_q = _queries_tiles(
-        grad_q, q, grad_out, full, stop, lse, delta, q_side, grad_side, keys, place, scoring,
-        dropping, grad_weights_ptr, keep_factor,
-        M, N, D, DV, CHUNK, CHUNK_V, PRECISION, SOFTCAP, ALIBI, LEFT, RIGHT, False,
-    )  # fmt: skip
+    if PLAIN:
+        grad_q = _queries_tiles(
+            grad_q, q, grad_out, full, stop, lse, delta, q_side, grad_side, keys, place, scoring,
+            dropping, grad_weights_ptr, keep_factor,
+            M, N, D, DV, CHUNK, CHUNK_V, PRECISION, SOFTCAP, ALIBI, LEFT, RIGHT, False,
+        )  # fmt: skip
     grad_q = _queries_tiles(
         grad_q, q, grad_out, stop, end, lse, delta, q_side, grad_side, keys, place, scoring,
         dropping, grad_weights_ptr, keep_factor,
@@ -416,8 +420,13 @@ def _grad_mask(like: Tensor, mask: Tensor, batch: int, arguments: dict) -> Tenso
     """The gradient of an additive mask, of its sizes and dtype."""
     heads, lq, lk = arguments["heads"], arguments["lq"], arguments["lk"]
     own_batch, own_heads, own_rows = mask.shape[:3]
-    wide = max(arguments["D"], arguments["DV"]) * like.element_size() > 256
-    tile = {"M": 16 if wide else 32, "N": 32 if wide else 64, "num_warps": 8 if wide else 4, "num_stages": 1}
+    wide = like.element_size() == 4 or max(arguments["D"], arguments["DV"]) > 128
+    tile = {"M": 16 if wide else 32, "N": 64, "num_warps": 8 if wide else 4, "num_stages": 1}
+    arguments = {
+        **arguments,
+        "CHUNK": chunk_of(arguments["d"], like, 32),
+        "CHUNK_V": chunk_of(arguments["dv"], like, 32),
+    }
     tiles = triton.cdiv(lq, tile["M"])
     own_tiles, over_tiles = (tiles, 1) if own_rows == lq else (1, tiles)
     over_batch, over_heads = batch // own_batch, heads // own_heads

@@ -139,7 +139,7 @@ def finish_step(
     tl.store(new_ptr + own, h, mask=units)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["t"])  # one kernel for every step
 def recurrent_step_kernel(
     inputs_ptr,  # float32 [B, G H]: this step's
     state_ptr, c_ptr, w_hh_ptr, b_n_ptr, lengths_ptr,  # float32 [B, P], float32 [B, H] in and out
@@ -198,7 +198,7 @@ def recurrent_step_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["t"])
 def recurrent_norm_kernel(
     inputs_ptr, products_ptr,  # float32 [B, 4 H]: this step's from x, normalised and with the biases; those from h
     state_ptr, c_ptr, lengths_ptr, new_ptr, y_ptr, gates_ptr, cells_ptr,  # as recurrent_step_kernel's
@@ -228,7 +228,7 @@ def recurrent_norm_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["t"])
 def recurrent_project_kernel(
     new_ptr, w_hr_ptr, lengths_ptr, state_ptr, y_ptr,  # float32 [B, H], [P, H]; float32 [B, P] in and out, y[B, P]
     hold_h_ptr, zoneout_h,  # [B, P] or None

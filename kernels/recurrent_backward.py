@@ -220,7 +220,7 @@ def recurrent_backward_persistent_kernel(
         tl.store(carry_c_ptr + own, carry_c, mask=units)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["t"])  # one kernel for every step
 def recurrent_backward_step_kernel(
     a_ptr, w_ptr,  # [B, K], the weight [K, H] by strides: what brings this step's gradient
     carry_ptr, grad_y_ptr, carry_c_ptr,  # float32 [B, H] in and out, or None: the product is all; [B, H]; as carry
@@ -254,7 +254,7 @@ def recurrent_backward_step_kernel(
         tl.store(carry_ptr + own, carry + direct, mask=units)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["t"])
 def recurrent_backward_carry_kernel(
     a_ptr, w_ptr,  # [B, K], the weight [K, P] by strides
     carry_ptr, grad_y_ptr, lengths_ptr, grad_ptr,  # float32 [B, P] in and out, [B, P] or None, [B], float32 [B, P]
@@ -275,7 +275,7 @@ def recurrent_backward_carry_kernel(
     tl.store(carry_ptr + at, carry, mask=outs)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["t"])
 def recurrent_backward_norm_kernel(
     grad_ptr, carry_c_ptr, gates_ptr, c_before_ptr, lengths_ptr, dh_ptr, d_ptr, seen_ptr,  # this step's
     norm_ptr, peephole_ptr, keep_ptr, hold_c_ptr, keep_scale, zoneout_c, clip,

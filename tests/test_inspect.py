@@ -115,6 +115,8 @@ def test_main_loop():
     without = [(address, "MOV" if opcode == "HMMA" else opcode, target) for address, opcode, target in program]
     without[5] = (80, "IADD3", None)
     assert [address for address, _, _ in code.main_loop(without)] == [16, 32, 48]
+    before = [(-16, "UTCHMMA", None), *without]  # its loops are waits
+    assert code.main_loop(before) == before
     straight = program[5:6] + program[7:]
     assert code.main_loop(straight) == straight
 

@@ -1,5 +1,6 @@
 """The Triton kernels on the CPU, under an interpreter that names what a GPU would hide; when they are chosen."""
 
+import re
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 import fastnets
 from fastnets import dispatch, testing
+from fastnets.cli import main
 from fastnets.kernels import registry
 
 interpreted = pytest.mark.skipif(registry.interpreter_missing is not None, reason=str(registry.interpreter_missing))
@@ -48,8 +50,7 @@ def test_softmax_of_a_mask_with_many_strides():
 
 @interpreted
 def test_the_interpreter_names_what_is_wrong():
-    from ttsem.sanitize import KernelFault
-
+    from fastnets.kernels._interpreter import KernelFault
     from fastnets.kernels._launch import launch
     from fastnets.kernels.softmax import softmax_backward_kernel
 
@@ -60,6 +61,19 @@ def test_the_interpreter_names_what_is_wrong():
     flat = torch.rand(33)  # the first program writes what the second one reads
     with pytest.raises(KernelFault, match=r"both touch element 16"):
         launch(softmax_backward_kernel, (2,), y, y, flat[:32], flat[1:], 4, 8, 1, 1.0, **tile)
+
+
+@interpreted
+def test_verify_says_what_was_interpreted(capsys, monkeypatch):
+    from fastnets.kernels import softmax
+
+    command = ["verify", "--backend", "triton", "--op", "softmax", "--match", "5x37", "--dtype", "float32"]
+    assert main(command) == 0
+    assert re.search(r"^ softmax_backward +\d+ +- *$", capsys.readouterr().out, re.MULTILINE)
+    layout = softmax._layout
+    monkeypatch.setattr(softmax, "_layout", lambda x, dim: (layout(x, dim)[0] + 1, *layout(x, dim)[1:]))
+    assert main(command) == 1
+    assert re.search(r"FAILED softmax 5x37.*KernelFault.*past the end", capsys.readouterr().out, re.DOTALL)
 
 
 class _Attention(torch.nn.Module):

@@ -4,11 +4,12 @@ import dataclasses
 import functools
 import re
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from fastnets.cli import _machine_code as code
-from fastnets.cli import _triton
+from fastnets.cli import _triton, inspect
 from fastnets.kernels import registry
 
 if registry.missing is None:
@@ -18,8 +19,7 @@ pytestmark = pytest.mark.skipif(registry.missing is not None, reason=str(registr
 
 
 def _launches(arch: str, name: str) -> list[_triton.Launch]:
-    (workload,) = (workload for workload in _triton.workloads() if f"{workload.op} {workload.name}" == name)
-    return _triton.launches(workload, arch)
+    return _triton.launches([one for one in _triton.workloads() if f"{one.op} {one.name}" == name], arch)
 
 
 @pytest.mark.parametrize(("arch", "instruction"), [("sm_80", "HMMA"), ("sm_90", "HGMMA")])
@@ -46,7 +46,7 @@ def test_products_run_on_tensor_cores(arch, instruction, tmp_path, monkeypatch):
 
 @functools.cache
 def _every() -> list[_triton.Launch]:
-    return [launch for workload in _triton.workloads() for launch in _triton.launches(workload, "sm_80")]
+    return _triton.launches(_triton.workloads(), "sm_80")
 
 
 def test_workloads_start_every_kernel():
@@ -59,8 +59,11 @@ def test_workloads_start_every_kernel():
 
 def test_side_by_side():
     """Pairs name kernels that are there, and a row's figures are theirs."""
+    folder = Path(__file__).parent / "inspect"
+    of_cuda = {kernel["name"] for path in folder.glob("*.json") for kernel in inspect.read_snapshot(path)["kernels"]}
     for pair in _triton.PAIRS:
         assert any(launch.name.startswith(pair.triton) for launch in _every()), pair.triton
+        assert pair.cuda in of_cuda
     figures = {"family": "triton", "arch": "sm_80", "registers": 9, "stack": 0, "static_shared": 0, "instructions": 99}
     figures |= {"spill_loads": 0, "spill_stores": 0, "async_copies": 1, "ldsm": 1, "special": 0}
     kernel = code.Kernel(**figures, signature=_triton.PAIRS[0].triton, tensor=128, loop_instructions=1024)

@@ -279,7 +279,8 @@ def _count(opcodes: Counter, which: frozenset[str]) -> int:
 def main_loop(code: list[Instruction]) -> list[Instruction]:
     """The innermost loop with the most tensor-core instructions; without any, with the most accesses to memory.
 
-    A loop is what lies between a backward branch and its target. Everything, where there is none.
+    A loop is what lies between a backward branch and its target. Everything, where there is none, or where no loop has
+    any of the tensor-core instructions.
     """
     spans = {(target, address) for address, _, target in code if target is not None and target < address}
     loops = [(span, [i for i in code if span[0] <= i[0] <= span[1]]) for span in spans]
@@ -293,6 +294,8 @@ def main_loop(code: list[Instruction]) -> list[Instruction]:
         ]
         if innermost:
             return max(innermost, key=lambda entry: (entry[0], len(entry[2]), entry[1]))[2]
+        if any(opcode in which for _, opcode, _ in code):
+            break
     return code
 
 

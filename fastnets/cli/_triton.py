@@ -3,15 +3,13 @@
 import dataclasses
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from ..kernels import registry
-from . import UsageError
 from . import _machine_code as code
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
@@ -36,8 +34,11 @@ class Launch(NamedTuple):
     name: str
     arch: str
     kernel: Any
-    args: tuple
-    options: dict[str, Any]
+    constants: dict[str, Any]
+    source: Any
+    """Specialised as Triton's launcher specialises it for the arguments."""
+    options: Any
+    """The compiler's."""
 
 
 class Compiled(NamedTuple):
@@ -55,8 +56,6 @@ class Compiled(NamedTuple):
 
 def workloads() -> Iterator[Workload]:
     """Shapes that together start every kernel in every row of the tables of tiles."""
-    if registry.missing is not None:
-        raise UsageError(f"--triton: {registry.missing}")
     for dtype in (torch.bfloat16, torch.float32):
         name = str(dtype).removeprefix("torch.")
         yield Workload("softmax", f"{name} 4096x1000", lambda dtype=dtype: _softmax(1000, dtype))
@@ -143,49 +142,57 @@ def _recurrent(dtype: torch.dtype, cell: int, hidden: int, normed: bool | None =
     )
 
 
-def launches(workload: Workload, arch: str) -> list[Launch]:
-    """What a workload starts, each kernel with its constants once; nothing is run."""
+def _target(arch: str):
+    from triton.backends.compiler import GPUTarget
+
+    return GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+
+
+def launches(wanted: Iterable[Workload], arch: str) -> list[Launch]:
+    """What workloads start, each kernel once as it is specialised; nothing is run."""
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime.jit import create_function_from_signature
+
     from ..kernels import _launch
 
+    target = _target(arch)
+    backend = make_backend(target)
     found: dict[str, Launch] = {}
 
-    def record(kernel, args, options) -> None:
+    def record(kernel, args, constants) -> None:
+        binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+        bound, specialization, options = binder(*args, **constants)
+        options, signature, constexprs, attributes = kernel._pack_args(
+            backend, constants, bound, specialization, options
+        )
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
         name = f"{kernel.__name__.removesuffix('_kernel')} {workload.name}"
-        constants = repr((name, [(k, v) for k, v in sorted(options.items()) if k.isupper()]))
-        found.setdefault(constants, Launch(workload.op, name, arch, kernel, args, options))
+        constants = {key: value for key, value in constants.items() if key.isupper()}
+        launch = Launch(workload.op, name, arch, kernel, constants, source, options)
+        found.setdefault(f"{source.hash()} {options.hash()}", launch)
 
-    with torch.no_grad(), _launch.recording(int(arch.removeprefix("sm_")) // 10, record):
-        workload.call()
+    for workload in wanted:
+        with torch.no_grad(), _launch.recording(target.arch // 10, record):
+            workload.call()
     return list(found.values())
 
 
 def compiled(launch: Launch) -> Compiled:
-    """The kernel's machine code, specialised as Triton's launcher specialises it for these arguments."""
+    """The kernel's machine code."""
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, make_backend
-    from triton.runtime.jit import create_function_from_signature
 
-    target = GPUTarget("cuda", int(launch.arch.removeprefix("sm_")), 32)
-    backend, kernel = make_backend(target), launch.kernel
-    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, options = binder(*launch.args, **launch.options)
-    options, signature, constants, attributes = kernel._pack_args(
-        backend, launch.options, bound, specialization, options
-    )
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    made = triton.compile(source, target=target, options=options.__dict__)
+    made = triton.compile(launch.source, target=_target(launch.arch), options=launch.options.__dict__)
     figures = _figures(made.asm["cubin"], launch.arch)
     figures = dataclasses.replace(figures, family="triton", signature=launch.name, arch=launch.arch)
     warps = made.metadata.num_warps
-    each = _OPERATIONS.get(kernel.__name__)
-    operations = None if each is None else each(launch.options) / warps
+    each = _OPERATIONS.get(launch.kernel.__name__)
+    operations = None if each is None else each(launch.constants) / warps
     multiplies = None
     if "tt.dot" in made.asm["ttir"]:
         found = (name for name, operation in _MULTIPLIES.items() if operation in made.asm["ttgir"])
         multiplies = next(found, "mma")
     # A gather of single elements of 2 bytes is too narrow to be copied asynchronously.
-    ahead = multiplies is not None and made.metadata.num_stages > 1 and not launch.options.get("FLAT", False)
+    ahead = multiplies is not None and made.metadata.num_stages > 1 and not launch.constants.get("FLAT", False)
     return Compiled(figures, made.metadata.shared, 32 * warps, multiplies, ahead, operations)
 
 
@@ -232,12 +239,11 @@ PAIRS = (
         for d in (64, 128, 256)
         for own, side, of in ((1, "keys", "of k and v"), (0, "queries", "of q"))
     ),
-    Pair("convolution 3x3, 64 channels", "conv::conv_held<Bf16, HeldTall>", "conv_gather bfloat16 64x56x56"),
-    Pair("convolution 3x3, 256 channels", "conv::conv_held<Bf16, HeldMiddle>", "conv_gather bfloat16 256x56x56"),
-    Pair("grad weight, 64 channels", "conv::conv_held_weight<Bf16, HeldTaps>", "conv_weight bfloat16 64x56x56"),
-    Pair("grad weight, 256 channels", "conv::conv_held_weight<Bf16, HeldTaps>", "conv_weight bfloat16 256x56x56"),
-    Pair("LSTM forward, H 64", "recurrent::forward<Bf16, 16>", "recurrent_persistent bfloat16 lstm H64"),
-    Pair("LSTM backward, H 64", "recurrent::backward<Bf16, 16>", "recurrent_backward_persistent bfloat16 lstm H64"),
+    Pair("3x3, 64 channels", "conv::conv_held<Bf16, Shape<256, 64, 4, 2, 3, 1> >", "conv_gather bfloat16 64x56x56"),
+    Pair("3x3, 256 channels", "conv::conv_held<Bf16, Shape<256, 64, 4, 2, 3, 1> >", "conv_gather bfloat16 256x56x56"),
+    Pair("3x3, grad weight", "conv::conv_held_weight<Bf16, HeldTaps>", "conv_weight bfloat16 64x56x56"),
+    Pair("LSTM forward", "recurrent::forward<Bf16, 16, false>", "recurrent_persistent bfloat16 lstm H64"),
+    Pair("LSTM backward", "recurrent::backward<Bf16, 16, false>", "recurrent_backward_persistent bfloat16 lstm H64"),
     Pair("softmax of 1000", "softmax::forward_held<BFloat16, 8, 256>", "softmax_forward bfloat16 4096x1000"),
     Pair("softmax backward", "softmax::backward_held<BFloat16, 8, 256>", "softmax_backward bfloat16 4096x1000"),
 )
@@ -254,7 +260,7 @@ def beside(of_cuda: Sequence[Mapping[str, Any]], of_triton: Sequence[Compiled]) 
     kernel is there for; what a warp computes in vain, or another warp does too, makes them more.
     """
     for what, cuda, triton in PAIRS:
-        ours = {k["arch"]: k for k in reversed(of_cuda) if k["name"].startswith(cuda)}
+        ours = {k["arch"]: k for k in reversed(of_cuda) if k["name"] == cuda}
         theirs = {one.kernel.arch: one for one in reversed(of_triton) if one.kernel.signature.startswith(triton)}
         for arch in (arch for arch in ARCHITECTURES if arch in ours and arch in theirs):
             mine, one = ours[arch], theirs[arch]
@@ -285,7 +291,7 @@ def _figures(cubin: bytes, arch: str) -> code.Kernel:
         code.CACHE.mkdir(parents=True, exist_ok=True)
         binary.write_bytes(cubin)
         (found,) = code.read(binary, arch)
-        unfinished = kept.with_suffix(f".{os.getpid()}")
+        unfinished = kept.with_suffix(f".{threading.get_native_id()}")
         unfinished.write_text(json.dumps(dataclasses.asdict(found)))
         unfinished.rename(kept)
     return code.Kernel(**json.loads(kept.read_text()))

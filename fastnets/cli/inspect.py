@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from .. import _library
+from ..kernels import registry
 from . import UsageError, _gpu, _triton, _workloads
 from . import _machine_code as code
 from ._common import console, dtype_name, output_file, write
@@ -74,9 +75,12 @@ def run(args: argparse.Namespace) -> int:
     if args.renew and args.snapshot is None:
         raise UsageError("--renew needs --snapshot DIR")
     out, progress = console(), console(stderr=True)
+    if args.triton and registry.missing is not None:
+        raise UsageError(f"--triton: {registry.missing}")
     objection = _workloads.missing()
-    counts, launches = ([], {}) if objection else _counted(args, progress)
-    kernels = [entry(kernel, launches.get(kernel.signature)) for kernel in _kernels(args, progress)]
+    found = _kernels(args, progress)
+    counts, launches = ([], {}) if objection else _counted(args, bool(found), progress)
+    kernels = [entry(kernel, launches.get(kernel.signature)) for kernel in found]
     compiled = list(_of_triton(args, progress)) if args.triton else []
     kernels += [entry(one.kernel, _workloads.Launch(one.threads, one.shared)) for one in compiled]
     if not kernels:
@@ -116,13 +120,19 @@ def _each(progress_on: Console, items: Sequence, work, describe, jobs: int = 1) 
             yield result
 
 
+def _jobs() -> int:
+    """How many compilers run at a time."""
+    return int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
+
+
 def _counted(
-    args: argparse.Namespace, progress_on: Console
+    args: argparse.Namespace, launched: bool, progress_on: Console
 ) -> tuple[list[_workloads.Counts], dict[str, _workloads.Launch]]:
-    """The counts of every stated shape, and how every kernel is launched."""
+    """The counts of every stated shape and, where that is asked for, how every kernel is launched."""
     shapes = _workloads.networks if args.networks else _workloads.workloads
     stated = [] if args.static or args.snapshot else shapes()
-    tasks = [(w, shown) for shown, ws in ((False, _workloads.probes()), (True, stated)) for w in ws]
+    probes = _workloads.probes() if launched else []
+    tasks = [(w, shown) for shown, ws in ((False, probes), (True, stated)) for w in ws]
     tasks = [task for task in tasks if not args.op or task[0].op in args.op]
     counts: list[_workloads.Counts] = []
     launches: dict[str, _workloads.Launch] = {}
@@ -138,7 +148,7 @@ def _kernels(args: argparse.Namespace, progress_on: Console) -> list[code.Kernel
     if args.build:
         compiler = code.nvcc()
         tasks = [(source, arch) for source in code.sources(args.op) for arch in args.arch or _gpu.ARCHITECTURES]
-        jobs = int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
+        jobs = _jobs()
 
         def work(task: tuple[Path, str]) -> list[code.Kernel]:
             return code.read(code.compiled(*task, compiler), task[1])
@@ -166,9 +176,9 @@ def _of_triton(args: argparse.Namespace, progress_on: Console) -> Iterator[_trit
     """Every Triton kernel that is asked for, in every architecture that Triton's tables know."""
     archs = [arch for arch in args.arch or _triton.ARCHITECTURES if arch in _triton.ARCHITECTURES]
     wanted = [workload for workload in _triton.workloads() if not args.op or workload.op in args.op]
-    found = [launch for workload in wanted for arch in archs for launch in _triton.launches(workload, arch)]
+    found = [launch for arch in archs for launch in _triton.launches(wanted, arch)]
     found = [launch for launch in found if (args.kernel or "") in launch.name]
-    return _each(progress_on, found, _triton.compiled, lambda launch: f"{launch.name} {launch.arch}")
+    return _each(progress_on, found, _triton.compiled, lambda launch: f"{launch.name} {launch.arch}", _jobs())
 
 
 def entry(kernel: code.Kernel, launch: _workloads.Launch | None) -> dict[str, Any]:

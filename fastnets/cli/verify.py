@@ -146,6 +146,8 @@ def run(args: argparse.Namespace) -> int:
         interrupted = True
     out = console()
     print_results(results, out, verbose=args.verbose)
+    if any(result.backend == "triton" for result in results) and registry.interpreter_missing is None:
+        _print_interpreted(out)
     if interrupted:
         out.print("interrupted: these are the cases that were done")
     if args.json is not None:
@@ -202,6 +204,21 @@ def print_results(results: list[Result], out: Console, *, verbose: bool) -> None
             out.print(f"FAILED {r.op} {r.case}, {r.dtype} on {r.backend}: {r.reason}", style="red")
     counts = report(results)
     out.print(f"{counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped")
+
+
+def _print_interpreted(out: Console) -> None:
+    """Triton's kernels that were interpreted, as those are that have no GPU."""
+    from ..kernels import _interpreter
+
+    if not _interpreter.launched:
+        return
+    table = Table(title="interpreted: no access outside a tensor, no race", title_justify="left", box=None)
+    table.add_column("kernel")
+    table.add_column("launches", justify="right")
+    table.add_column("too large to be searched for races", justify="right")
+    for kernel, launches in sorted(_interpreter.launched.items()):
+        table.add_row(kernel.removesuffix("_kernel"), str(launches), str(_interpreter.unsearched[kernel] or "-"))
+    out.print(table)
 
 
 def _number(value: float | None) -> str:

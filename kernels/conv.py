@@ -24,7 +24,8 @@ _TILES = {
     8: {2: ((128, 64, 32, 4, 3), (128, 128, 32, 8, 3)), 4: ((64, 32, 16, 4, 2), (64, 64, 16, 8, 2))},
     9: {2: ((128, 64, 64, 4, 3), (128, 128, 64, 8, 3)), 4: ((64, 32, 16, 4, 2), (64, 64, 16, 8, 2))},
 }
-_TILES[10], _TILES[12] = _TILES[9], _TILES[8]
+_TILES[10] = _TILES[9]
+_TILES[12] = {**_TILES[8], 2: ((128, 64, 32, 4, 2), (128, 128, 32, 8, 3))}
 _FEW = 16  # products a group's pixel and tap is worth: fewer are not done by tensor cores
 
 
@@ -183,7 +184,7 @@ def conv_weight_kernel(
     c, tap = n % channels, n // channels
     t0, t1, t2 = tap // (taps1 * taps2), tap // taps2 % taps1, tap % taps2
     x_column = ((group * channels + c) * x_channel)[None, :]
-    g_column = ((group * outs + m) * g_channel)[None, :]
+    g_row = ((group * outs + m) * g_channel)[:, None]
     s0, s1, s2 = (t0 * step0 + offset0)[None, :], (t1 * step1 + offset1)[None, :], (t2 * step2 + offset2)[None, :]
     part = tl.program_id(1).to(tl.int64)
     begin = tl.program_id(1).to(each.dtype) * each
@@ -191,16 +192,16 @@ def conv_weight_kernel(
     for start in range(begin, tl.minimum(begin + each, pixels), K):
         pixel = start + tl.arange(0, K)
         batch, j0, j1, j2 = pixels_of(pixel, count0, count1, count2)
-        exists = (pixel < pixels)[:, None]
+        exists = pixel < pixels
         at = batch.to(tl.int64) * g_batch + j0.to(tl.int64) * g_at0 + j1.to(tl.int64) * g_at1
         at += j2.to(tl.int64) * g_at2
-        grad = tl.load(grad_ptr + at[:, None] + g_column, mask=exists & (m < outs)[None, :], other=0.0)
+        grad = tl.load(grad_ptr + g_row + at[None, :], mask=(m < outs)[:, None] & exists[None, :], other=0.0)
         q0, q1, q2 = (j0 * pull0)[:, None] + s0, (j1 * pull1)[:, None] + s1, (j2 * pull2)[:, None] + s2
-        inside = exists & (q0 >= 0) & (q0 < extent0) & (q1 >= 0) & (q1 < extent1) & (q2 >= 0) & (q2 < extent2)
+        inside = exists[:, None] & (q0 >= 0) & (q0 < extent0) & (q1 >= 0) & (q1 < extent1) & (q2 >= 0) & (q2 < extent2)
         at = batch.to(tl.int64)[:, None] * x_batch + q0.to(tl.int64) * x_at0 + q1.to(tl.int64) * x_at1
         at += q2.to(tl.int64) * x_at2
         x = tl.load(x_ptr + at + x_column, mask=inside & (n < columns)[None, :], other=0.0)
-        acc = tl.dot(tl.trans(grad), x, acc, input_precision=PRECISION)
+        acc = tl.dot(grad, x, acc, input_precision=PRECISION)
     at = ((part * groups + group) * outs + m)[:, None] * columns + n[None, :]
     tl.store(result_ptr + at, acc, mask=(m < outs)[:, None] & (n < columns)[None, :])
 
@@ -381,7 +382,7 @@ def _tile(like: Tensor, outs: int, channels: int) -> dict[str, int]:
     return {
         "M": min(m, 64) if flat else m,  # every element's tap and channel are in registers
         "N": max(16, min(n, triton.next_power_of_2(outs))),
-        "K": k,
+        "K": min(k, 32) if flat else k,
         "FLAT": flat,
         "num_warps": warps,
         "num_stages": stages,

@@ -202,12 +202,16 @@ const void* weight_of(const Phase& phase, const ConvGather& p, Workspace& worksp
   q.channels = static_cast<int>(phase.source_channels), q.padded = static_cast<int>(width);
   q.from_outer = s.out_channels * strides[0], q.from_inner = phase.result_stride;
   q.from_channel = phase.source_stride;
-  q.to_outer = phase.channels * taps * width, q.to_inner = taps * width, q.to_pixel = width;
-  fill_taps(q, phase, s, sizeof(T));
+  q.to_outer = phase.channels * taps * width, q.to_inner = taps * width;
+  fill_taps(q, phase, s, width, sizeof(T));
   if (phase.result_stride < phase.source_stride && phase.axes[0].taps == 1) {  // channels and taps side by side: lines
-    q.from_pixel[0] = phase.result_stride;
+    q.from_pixel[0] = phase.result_stride, q.to_pixel[0] = q.to_inner;
     q.pixels = to_int(phase.channels * taps, "elements of a filter");
     q.inner = 1;
+    if (phase.result_stride == 1) {  // of channels at each tap
+      for (int64_t* strides : {q.from_pixel, q.to_pixel}) std::rotate(strides, strides + 1, strides + 3);
+      q.at = Coordinates(static_cast<int>(phase.axes[2].taps), static_cast<int>(phase.channels));
+    }
   }
   arrange(s.dtype, q, stream);
   return memory;

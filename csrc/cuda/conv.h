@@ -61,6 +61,9 @@ struct Window {
   Coordinates at, taps;  // of a result's position, and of a tap
   int extent[3], pull[3], offset[3], tap_step[3];
   int64_t image, pixel[3];  // strides of the source
+  // Pixels are numbered over all images, as many from one image, plane and line to the next: without gaps, or
+  // set_apart.
+  Divisor next_image, next[2];
 
   // The place of a result's first tap, which may lie outside, and its position.
   __device__ __forceinline__ int64_t begin(int result, int (&from)[3]) const {
@@ -82,22 +85,28 @@ struct Window {
   __device__ __forceinline__ int64_t moved(const int (&by)[3]) const {
     return by[0] * pixel[0] + by[1] * pixel[1] + by[2] * pixel[2];
   }
-  // A pixel's number, counted over all images, of a source whose pixels follow each other.
   __device__ __forceinline__ int number(int image, const int (&at)[3]) const {
-    return ((image * extent[0] + at[0]) * extent[1] + at[1]) * extent[2] + at[2];
+    return image * next_image.by + at[0] * next[0].by + at[1] * next[1].by + at[2];
+  }
+  // The image of the pixel of that number and, in `at`, where it lies there: outside, of a number between pixels.
+  __device__ __forceinline__ int pixel_of(int number, int (&at)[3]) const {
+    at[2] = number;
+    const int image = next_image.divide(at[2]);
+    at[0] = next[0].divide(at[2]), at[1] = next[1].divide(at[2]);
+    return image;
   }
   // The number of the pixel at `at` moved on, or of the one `behind` it. Where a coordinate lies outside it is that of
   // the line, plane or image that is next: it never falls from one result to the next.
   __device__ __forceinline__ int bound(int image, const int (&at)[3], const int (&by)[3], int behind) const {
-    int place = image;
+    int found = image * next_image.by;
     bool inside = true;
 #pragma unroll
     for (int d = 0; d < 3; ++d) {
       const int v = at[d] + by[d];
-      place = place * extent[d] + (inside ? min(max(v + (d == 2 ? behind : 0), 0), extent[d]) : 0);
+      found += inside ? min(max(v + (d == 2 ? behind : 0), 0), extent[d]) * (d == 2 ? 1 : next[d].by) : 0;
       inside = inside && 0 <= v && v < extent[d];
     }
-    return place;
+    return found;
   }
   __device__ __forceinline__ bool inside(const int (&from)[3], const int (&by)[3]) const {
     bool all = true;
@@ -121,6 +130,11 @@ inline Window window_of(const Axis (&axes)[3], const int64_t (&pixel)[3], int64_
     w.pixel[d] = pixel[d];
   }
   w.image = image;
+  int64_t pixels = 1;  // beyond 32 bits: of a source that is not numbered
+  for (int d = 2; d >= 0; --d) {
+    pixels = std::clamp<int64_t>(pixels * w.extent[d], 1, kLimit - 1);
+    (d > 0 ? w.next[d - 1] : w.next_image) = Divisor(static_cast<int>(pixels));
+  }
   const int64_t positions = axes[0].count * axes[1].count * axes[2].count;
   w.positions = Divisor(std::max(to_int(positions, "positions in an image"), 1));
   w.at = Coordinates(static_cast<int>(axes[1].count), static_cast<int>(axes[2].count));
@@ -128,21 +142,40 @@ inline Window window_of(const Axis (&axes)[3], const int64_t (&pixel)[3], int64_
   return w;
 }
 
+// Sets the numbers of pixels apart: so that from a result to the next, whether in its line or not, they move on by as
+// many, but for multiples of `cycle`. False where `images` take more than 32 bits: then they are left as they are.
+inline bool set_apart(Window& window, const Axis (&axes)[3], int cycle, int64_t images) {
+  Window found = window;
+  int64_t results = axes[2].pull, pixels = 1;
+  for (int d = 2; d >= 0; --d) {
+    const int64_t pull = d > 0 ? axes[d - 1].pull : 1;
+    results *= axes[d].count, pixels *= axes[d].extent;
+    int more = 0;
+    while (more < cycle && ((pixels + more) * pull - results) % cycle != 0) ++more;
+    pixels += more % cycle;
+    if (pixels * images >= kLimit) return false;
+    (d > 0 ? found.next[d - 1] : found.next_image) = Divisor(static_cast<int>(pixels));
+  }
+  window = found;
+  return true;
+}
+
 // ---- layout --------------------------------------------------------------------------------------------------------
 
 // Rearranges `outer` times `inner` matrices: element [p][c] of `from` goes to row p of `to`, with zeros from `channels`
-// to `padded`.
+// to `padded`. Pixels are counted as they lie in `from`.
 struct Layout {
   const void* from;
   void* to;
   int outer, inner, pixels, channels, padded;
   int64_t from_outer, from_inner, from_pixel[3], from_channel;
-  int64_t to_outer, to_inner, to_pixel;
+  int64_t to_outer, to_inner, to_pixel[3];
   Coordinates at;       // of a pixel
   bool channels_first;  // neighbouring channels lie closer in `from` than neighbouring pixels
+  bool pairs;           // rows of `to` may be written two elements at a time
 };
 
-void arrange(Dtype dtype, const Layout& p, Stream stream);
+void arrange(Dtype dtype, Layout p, Stream stream);
 
 template <class T>
 int64_t padded(int64_t channels) {
@@ -195,7 +228,7 @@ Operand<T> operand_of(const void* data, const ConvShape& s, int64_t channels, co
   p.channels = static_cast<int>(channels), p.padded = found.channels;
   p.from_outer = s.groups * channels * pixels, p.from_inner = innermost ? channels : channels * pixels;
   p.from_pixel[2] = innermost ? s.groups * channels : 1, p.from_channel = innermost ? 1 : pixels;
-  p.to_outer = found.image, p.to_inner = width, p.to_pixel = found.pixel;
+  p.to_outer = found.image, p.to_inner = width, p.to_pixel[2] = found.pixel;
   p.at = Coordinates(1, p.pixels);
   p.channels_first = innermost;
   arrange(s.dtype, p, stream);

@@ -199,13 +199,13 @@ const void* weight_of(const Phase& phase, const ConvGather& p, int channels, Wor
   q.outer = static_cast<int>(phase.source_channels), q.inner = static_cast<int>(s.groups);
   q.channels = static_cast<int>(phase.channels);
   q.from_outer = phase.source_stride, q.from_inner = group, q.from_channel = phase.result_stride;
-  q.to_outer = phase.taps() * channels, q.to_inner = phase.channels, q.to_pixel = channels;
+  q.to_outer = phase.taps() * channels, q.to_inner = phase.channels;
   if (phase.channels == 1 || group == phase.channels * phase.result_stride) {  // all groups are one line
     q.inner = 1, q.channels = channels;
     if (phase.channels == 1) q.from_channel = group;
   }
   q.padded = q.channels;
-  fill_taps(q, phase, s, sizeof(T));
+  fill_taps(q, phase, s, channels, sizeof(T));
   arrange(s.dtype, q, stream);
   return memory;
 }

@@ -41,8 +41,8 @@ class FewFeed {
 #pragma unroll 1
     for (int i = threadIdx.x; i < S::kN * across; i += S::kThreads) {
       const int n = i / across, k = i - n * across;
-      int channel = k, tap[3];
-      p_.patch.window.taps(p_.patch.channels.divide(channel), tap);
+      int tap[3];
+      const int channel = element(p_.patch, k, tap);
       const int64_t place = (column + n) * p_.weight_column + channel * p_.weight_channel + tap[0] * p_.weight_tap[0] +
                             tap[1] * p_.weight_tap[1] + tap[2] * p_.weight_tap[2];
       const bool inside = k < p_.patch.depth && column + n < p_.output.columns;
@@ -50,7 +50,8 @@ class FewFeed {
     }
   }
 
-  // Spreads out the step's part of the depth: a lane has the same elements of it for every row of its warp.
+  // Spreads out the step's part of the depth: a lane has the same elements of it for every row of its warp. Behind the
+  // last one lanes read what the first lane reads.
   __device__ __forceinline__ void copy(int step) const {
     const A a = a_of(step);
     const int lane = threadIdx.x % 32 * kEach;
@@ -60,7 +61,7 @@ class FewFeed {
     for (int e = 0; e < kEach; ++e) {
       const int k = step * kDepth + lane + e;
       inside[e] = k < p_.patch.depth;
-      places[e] = FewTile<T, S::kM>::place(p_.patch, inside[e] ? k : 0);
+      places[e] = FewTile<T, S::kM>::place(p_.patch, inside[e] ? k : min(step * kDepth + e, p_.patch.depth - 1));
     }
     for (int r = threadIdx.x / 32; r < S::kM; r += kWarps) {
       const T* const first = patch() + FewTile<T, S::kM>::place_of(p_.patch, r);
@@ -134,7 +135,7 @@ bool gather_few(const Phase& phase, const ConvGather& p, const char* name, bool 
       const int64_t source_channels = s.groups * phase.source_channels;
       const Strides strides = strides_of(s.channels_last, source_channels, phase.source_sizes);
       Few f{};
-      f.patch = patch_of(phase.axes, strides, source_channels * pixels, phase.source_channels, S::kM);
+      f.patch = patch_of<T>(phase.axes, strides, source_channels * pixels, phase.source_channels, S::kM);
       f.steps = (f.patch.depth + kStageDepth<T> - 1) / kStageDepth<T>;
       const int64_t bytes = FewFeed<C, S>::bytes(f.patch, f.steps);
       fits = bytes <= static_cast<int64_t>(shared_limit());

@@ -7,13 +7,9 @@
 namespace fastnets::cuda {
 namespace {
 
-struct FewWeight {
+struct FewWeight : WeightPass {  // of an Operand, and of the tensor x itself
   Patch patch;
-  const void *grad, *x;                              // an Operand; the tensor itself
-  Partial partial;                                   // [out channels, taps * channels] of each group
-  int first_split, splits, steps, tiles_m, tiles_n;  // of this launch
-  int grad_channels;                                 // of a group, padded
-  int64_t grad_pixel, group;                         // stride of x
+  int64_t group;  // stride of x
 };
 
 template <class C, class S>
@@ -41,8 +37,8 @@ class FewWeightFeed {
     for (int i = 0; i < kTurns; ++i) {
 #pragma unroll
       for (int e = 0; e < kEach; ++e) {
-        const int n = at.column + column(i) + e;
-        places_[i][e] = n < p.partial.columns ? Results::place(p.patch, n) : -1;
+        const int n = at.column + column(i) + e, first = at.column + i * 32 * kEach + e, last = p.partial.columns - 1;
+        places_[i][e] = n <= last ? Results::place(p.patch, n) : ~Results::place(p.patch, min(first, last));
       }
     }
   }
@@ -64,25 +60,9 @@ class FewWeightFeed {
   // Spreads out the step's results; of those that do not exist the rows are zeros, for x may be infinite there.
   __device__ __forceinline__ void turn(int step) {
     const Results results(p_.patch, step);
-    const T* const from = patch(step);
-    const B b(shared_);
-#pragma unroll 1
-    for (int r = threadIdx.x / 32; r < kDepth; r += kWarps) {
-      const bool exists = results.result(r) >= 0;
-      const int first = Results::place_of(p_.patch, r);
-#pragma unroll
-      for (int i = 0; i < kTurns; ++i) {
-        if (S::kN % (32 * kEach) != 0 && column(i) >= S::kN) break;
-        Vector<T, kEach> values;
-#pragma unroll
-        for (int e = 0; e < kEach; ++e) {
-          const bool inside = exists && places_[i][e] >= 0;
-          const T value = load_shared(from + (inside ? first + places_[i][e] : 0));
-          values[e] = inside ? value : from_float<T>(0.0f);
-        }
-        store_shared(b.at(r, column(i)), values);
-      }
-    }
+    constexpr int kWhole = S::kN / (32 * kEach);
+    spread<0, kWhole>(results, patch(step));
+    if (kWhole < kTurns && column(kWhole) < S::kN) spread<kWhole, kTurns>(results, patch(step));
     __syncthreads();
     a_ = a_of(step);
   }
@@ -94,18 +74,39 @@ class FewWeightFeed {
   }
 
  private:
+  // Elements of the packed axis: those of these turns, in all rows of a warp.
+  template <int Begin, int End>
+  __device__ __forceinline__ void spread(const Results& results, const T* from) const {
+    const B b(shared_);
+#pragma unroll 1
+    for (int r = threadIdx.x / 32; r < kDepth; r += kWarps) {
+      const bool exists = results.result(r) >= 0;
+      const int first = Results::place_of(p_.patch, r);
+#pragma unroll
+      for (int i = Begin; i < End; ++i) {
+        Vector<T, kEach> values;
+#pragma unroll
+        for (int e = 0; e < kEach; ++e) {
+          const int place = places_[i][e];
+          const T value = load_shared(from + first + (place < 0 ? ~place : place));
+          values[e] = exists && place >= 0 ? value : from_float<T>(0.0f);
+        }
+        store_shared(b.at(r, column(i)), values);
+      }
+    }
+  }
   static __device__ __forceinline__ int column(int i) { return (i * 32 + static_cast<int>(threadIdx.x) % 32) * kEach; }
   __device__ __forceinline__ A a_of(int step) const { return A(shared_ + B::kBytes + step % S::kStages * A::kBytes); }
   __device__ __forceinline__ T* patch(int step) const {
-    const int elements = p_.patch.planes * p_.patch.height * p_.patch.width * p_.patch.channels.by;
-    return reinterpret_cast<T*>(shared_ + B::kBytes + S::kStages * A::kBytes) + step % S::kStages * elements;
+    return reinterpret_cast<T*>(shared_ + B::kBytes + S::kStages * A::kBytes) +
+           step % S::kStages * static_cast<int>(p_.patch.elements);
   }
 
   const FewWeight& p_;
   unsigned char* shared_;
   const T *grad_, *x_;
   bool has_a_;
-  int places_[kTurns][kEach];
+  int places_[kTurns][kEach];  // behind the last column, ~ of what the first lane reads
   A a_;
   Reader<C, A, Side::kA, true> read_a_;
   Reader<C, B, Side::kB, true> read_b_;
@@ -122,54 +123,46 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) conv_few_weight(FewWe
 }
 
 template <class C>
-std::optional<Partial> shares(const ConvGradWeight& p, Workspace& workspace, Stream stream) {
+std::optional<WeightShares> shares(const ConvGradWeight& p, Workspace& workspace, Stream stream) {
   using T = typename C::Storage;
   const ConvShape& s = p.shape;
   const Axis axes[3] = {forward_axis(s, 0), forward_axis(s, 1), forward_axis(s, 2)};
   const Strides strides = strides_of(s.channels_last, s.groups * s.in_channels, s.in);
-  const int rows = static_cast<int>(s.out_channels);
-  const int columns = static_cast<int>(s.kernel[0] * s.kernel[1] * s.kernel[2] * s.in_channels);
-  std::optional<Partial> found;
+  const int channels = static_cast<int>(s.in_channels);
+  const int taps = static_cast<int>(s.kernel[0] * s.kernel[1] * s.kernel[2]), columns = taps * channels;
+  std::optional<WeightShares> found;
   with_few_weight(columns, [&](auto shape) {
     using S = decltype(shape);
     FewWeight w{};
-    w.patch =
-        patch_of(axes, strides, s.groups * s.in_channels * s.in[0] * s.in[1] * s.in[2], s.in_channels, kStageDepth<T>);
+    w.patch = patch_of<T>(axes, strides, s.groups * s.in_channels * s.in[0] * s.in[1] * s.in[2], s.in_channels,
+                          kStageDepth<T>);
     const int64_t bytes = FewWeightFeed<C, S>::bytes(w.patch);
     if (bytes > static_cast<int64_t>(shared_limit())) return;
     const auto grad = operand_of<T>(p.grad, s, s.out_channels, s.out, workspace, stream);
     w.grad = grad.data, w.grad_channels = grad.channels, w.grad_pixel = grad.pixel;
     w.x = p.x, w.group = s.in_channels * strides.channel;
-    w.tiles_m = (rows + S::kM - 1) / S::kM, w.tiles_n = (columns + S::kN - 1) / S::kN;
-    const int64_t tiles = int64_t{w.tiles_m} * w.tiles_n * s.groups;
-    const int64_t positions = s.out[0] * s.out[1] * s.out[2], together = images_together(s);
-    const int64_t launches = launches_for(s);
+    const int64_t positions = s.out[0] * s.out[1] * s.out[2];
     const auto steps_of = [&](int64_t images) {
       return images * s.out[0] * w.patch.tiles.height.by * w.patch.tiles.width.by;
     };
-    w.splits = splits_for(tiles, steps_of(together));
-    found = w.partial =
-        Partial::take(workspace, static_cast<int>(launches * w.splits), to_int(s.groups, "groups"), rows, columns);
+    const unsigned blocks =
+        w.divide<S>(workspace, s, columns, (columns + S::kN - 1) / S::kN, steps_of(images_together(s)));
+    found = is_innermost(strides) ? WeightShares{w.partial, channels, 1} : WeightShares{w.partial, 1, taps};
     if (workspace.counts()) return;
-    for (int64_t i = 0; i < launches; ++i) {
-      w.steps = positions == 0 ? 0 : to_int(steps_of(std::min(together, s.batch - i * together)), "tiles");
-      w.first_split = static_cast<int>(i * w.splits);
-      launch({"conv_grad_weight", static_cast<unsigned>(to_int(tiles * w.splits, "blocks")), S::kThreads, stream,
-              static_cast<size_t>(bytes)},
-             conv_few_weight<C, S>, w);
-      w.grad = static_cast<const T*>(w.grad) + together * grad.image;
-      w.x = static_cast<const T*>(w.x) + together * w.patch.window.image;
-    }
+    w.template for_launches<T>(s, grad.image, w.patch.window.image, [&](int64_t images) {
+      w.steps = positions == 0 ? 0 : to_int(steps_of(images), "tiles");
+      launch({"conv_grad_weight", blocks, S::kThreads, stream, static_cast<size_t>(bytes)}, conv_few_weight<C, S>, w);
+    });
   });
   return found;
 }
 
 }  // namespace
 
-std::optional<Partial> few_weight(const ConvGradWeight& p, Workspace& workspace, Stream stream) {
+std::optional<WeightShares> few_weight(const ConvGradWeight& p, Workspace& workspace, Stream stream) {
   const ConvShape& s = p.shape;
   if (s.in_channels > kFewChannels || s.kernel[0] * s.kernel[1] * s.kernel[2] * s.in_channels > kFewDepth) return {};
-  std::optional<Partial> found;
+  std::optional<WeightShares> found;
   with_arithmetic(s.dtype, s.tf32,
                   [&](auto arithmetic) { found = shares<decltype(arithmetic)>(p, workspace, stream); });
   return found;

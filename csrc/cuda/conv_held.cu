@@ -1,7 +1,8 @@
 // Convolution whose results meet neighbouring pixels, forwards and backwards to the input: implicit GEMM that reads the
 // source once for many taps. Rows are results in a row, columns their channels. The depth runs over fillings, each of
 // up to 128 bytes of the channels of those pixels that a tile's results meet, and in a filling over the taps: a tap is
-// the same pixels read further on. A result whose tap lies outside the source reads a line of zeros.
+// the same pixels read further on. A result whose tap lies outside the source reads a line of zeros. A pixel's place in
+// a filling is its number, set apart so that eight results in a row meet lines in different banks.
 //
 // From L2 come, for each tap, the weight's part of the tile and 1 / taps of the pixels, where conv_gather brings all of
 // them with each tap.
@@ -70,9 +71,13 @@ class HeldFeed {
       const A a = pixels(filling);
 #pragma unroll 4
       for (int line = Filter::line(); line < count; line += kStep) {
-        copy_async<16>(a.at(line, place * kChunk<T>),
-                       within ? source_ + (from + line) * g.window.pixel[2] + chunk * kChunk<T> : source_,
-                       within ? 16 : 0);
+        int pixel[3];
+        const int image = g.window.pixel_of(from + line, pixel);
+        const bool inside = within && g.window.inside(pixel, {0, 0, 0});
+        copy_async<16>(
+            a.at(line, place * kChunk<T>),
+            inside ? source_ + (image * g.window.image + g.window.moved(pixel)) + chunk * kChunk<T> : source_,
+            inside ? 16 : 0);
       }
     }
     filter_(filter(step), (taps + tap) * g.tap_chunks.by + chunk + place, within);
@@ -189,15 +194,17 @@ constexpr int kMostTaps = 32;  // bits
 // are fewer along a dimension than pixels, each end of it that they pass adds the pixels that are met by none. Where
 // the first result lies past the end of a dimension, those before the first one that is met are brought, too: as many
 // as results lie there. (What follows the last one, up to where the next result's line, plane or image begins, is not.)
-int64_t lines_for(const Phase& phase, const int (&span)[3], int64_t rows) {
+int64_t lines_for(const Window& window, const Phase& phase, const int (&span)[3], int64_t rows) {
   int64_t lines = rows, results = 1, pixels = 1;
   for (int d = 2; d >= 0; --d) {
     const Axis& axis = phase.axes[d];
     results *= axis.count;
     const int64_t ends = (rows - 1 + results - 1) / results;
     const int64_t past = axis.offset + axis.span() - span[d] + axis.count - axis.extent;
-    lines += (ends * std::max<int64_t>(axis.extent - axis.count, 0) + span[d] + std::max<int64_t>(past, 0)) * pixels;
-    pixels *= axis.extent;
+    const int64_t further = d > 0 ? window.next[d - 1].by : window.next_image.by;
+    lines +=
+        ends * std::max<int64_t>(further - axis.count * pixels, 0) + (span[d] + std::max<int64_t>(past, 0)) * pixels;
+    pixels = further;
   }
   return lines;
 }
@@ -209,6 +216,7 @@ bool gather_held(const Phase& phase, Gather g, Dtype dtype, bool tf32, const cha
   for (const Axis& axis : phase.axes) {
     if (axis.pull != 1) return false;
   }
+  set_apart(g.window, phase.axes, 8, g.output.rows / phase.positions());
   const int64_t groups = g.partial.groups;
   for (const int inner : {2, 1}) {
     int64_t taps = 1;
@@ -224,7 +232,7 @@ bool gather_held(const Phase& phase, Gather g, Dtype dtype, bool tf32, const cha
       p.fillings = Divisor((g.tap_chunks.by * 16 + kStageBytes - 1) / kStageBytes);
       g.steps = static_cast<int>(phase.taps()) * p.fillings.by;
       const int fillings = static_cast<int>(g.steps / taps);
-      const int64_t lines = lines_for(phase, p.span, S::kM), pixel_bytes = lines * kStageBytes;
+      const int64_t lines = lines_for(g.window, phase, p.span, S::kM), pixel_bytes = lines * kStageBytes;
       if (lines > S::kM * phase.axes[3 - inner].taps) return false;  // of a dimension less they would be fewer
       if (held_bytes<Bf16, S>(fillings, pixel_bytes) > static_cast<int64_t>(shared_limit())) return false;
       p.pixel_bytes = static_cast<int>(pixel_bytes);

@@ -2,6 +2,9 @@
 // that reads x once for many taps. A block has some channels of x at up to kTaps taps. While results pass by, so do the
 // pixels that they meet, in a ring on chip: a tap is the same pixels read further on, and one outside reads zeros.
 //
+// A pixel's line of the ring is its number, in which lines, planes and images of x are set apart so that results in a
+// row meet lines whose numbers are as far apart at the end of a line of them as within, but for cycles of the banks.
+//
 // From L2 come, for each result, the tile's rows and kChannels of x, where conv_weight brings x with each tap.
 #include "conv_output.h"
 #include "conv_weight.h"
@@ -9,17 +12,15 @@
 namespace fastnets::cuda {
 namespace {
 
-struct HeldWeight {
-  const void *grad, *x;                              // Operands
-  Partial partial;                                   // [out channels, taps * channels padded] of each group
-  int first_split, splits, steps, tiles_m, tiles_n;  // of this launch
-  int results;                                       // of the images of this launch
-  int grad_channels, channels;                       // of a group, padded
-  int64_t grad_pixel;
-  Window window;       // of x
-  Divisor tap_groups;  // kTaps each
-  int taps, span[3];   // of all of them
-  Divisor lines;       // of the ring
+struct HeldWeight : WeightPass {  // of Operands
+  int results;                    // of the images of this launch
+  int channels;                   // of a group of x, padded
+  Window window;                  // of x
+  Divisor tap_groups;             // kTaps each
+  int taps, span[3];              // of all of them
+  Divisor lines;                  // of the ring
+  int images;                     // of this launch
+  int shift;  // of the numbers of pixels that results in a row meet, the last bits that are the same
 };
 
 template <class C, class S>
@@ -72,10 +73,13 @@ class HeldWeightFeed {
     }
     const int end = this->end(step), place = static_cast<int>(threadIdx.x) % kChunksX;
 #pragma unroll 1
-    for (int pixel = next_ + static_cast<int>(threadIdx.x) / kChunksX; pixel < end; pixel += kStepX) {
-      const int line = pixel - p_.lines.quotient(pixel) * p_.lines.by;
-      copy_async<16>(shared_ + kRing + line * kLineBytes + (place ^ exchange(line)) * 16,
-                     has_x_ ? x + (x_ + pixel * p_.window.pixel[2]) : x, has_x_ ? 16 : 0);
+    for (int number = next_ + static_cast<int>(threadIdx.x) / kChunksX; number < end; number += kStepX) {
+      int line = number, at[3];
+      p_.lines.divide(line);
+      const int image = p_.window.pixel_of(number, at);
+      const bool inside = has_x_ && image < p_.images && p_.window.inside(at, {0, 0, 0});
+      copy_async<16>(shared_ + kRing + chunk(line, place),
+                     inside ? x + (x_ + image * p_.window.image + p_.window.moved(at)) : x, inside ? 16 : 0);
     }
     next_ = end;
   }
@@ -138,9 +142,14 @@ class HeldWeightFeed {
   static constexpr int kNowhere = -(1 << 30);  // no result's tap is inside from here
 
   __device__ __forceinline__ A gradient(int step) const { return A(shared_ + kZeros + step % S::kStages * A::kBytes); }
-  // What a line's chunks are exchanged by: the banks of a matrix of ldmatrix, eight lines in a row from any on, differ,
-  // as do those of four lines that 32-bit elements are gathered from, two chunks of each.
-  static __device__ __forceinline__ int exchange(int line) { return sizeof(T) == 4 ? (line & 3) << 1 : line >> 1 & 3; }
+  // Where a chunk of a line lies in the ring, in bytes. Chunks are exchanged so that the banks of a matrix of ldmatrix,
+  // eight lines in a row as results meet them, differ, as do those of four lines that 32-bit elements are gathered
+  // from, two chunks of each. Lines of 16-bit elements fill half of the banks; two in a row, of which the first one's
+  // number is even, fill all.
+  __device__ __forceinline__ int chunk(int line, int index) const {
+    const int by = sizeof(T) == 4 ? (line >> p_.shift & 3) << 1 : line >> p_.shift & 7;
+    return (line * kLineBytes + index * 16) ^ by * 16;
+  }
   // Of this lane, in the depth of a product: of ldmatrix's rows, or of the elements that it gathers.
   static __device__ __forceinline__ int row() {
     const int lane = threadIdx.x % 32;
@@ -150,23 +159,23 @@ class HeldWeightFeed {
     p_.window.begin(result, at);
     return p_.window.positions.quotient(result);
   }
-  // Of the pixels that a step meets: the first one, and the one behind the last.
+  // Of the pixels that a step meets: the first one, and the one behind the last; both even.
   __device__ __forceinline__ int first(int step) const {
     int at[3];
     const int image = begin_of(step * kDepth, at);
-    return p_.window.bound(image, at, {}, 0);
+    return p_.window.bound(image, at, {}, 0) & -2;
   }
   __device__ __forceinline__ int end(int step) const {
     int at[3];
     const int image = begin_of(min((step + 1) * kDepth, p_.results) - 1, at);
-    return p_.window.bound(image, at, p_.span, 1);
+    return (p_.window.bound(image, at, p_.span, 1) + 1) & -2;
   }
   // Where this lane reads row i's pixel at a tap, or zeros in the same banks.
   __device__ __forceinline__ int place(int i, int slot) const {
     const int lane = threadIdx.x % 32;
     int line = line_[i] + moved_[slot];
     line -= line >= p_.lines.by ? p_.lines.by : 0;
-    const int place = line * kLineBytes + (lane / 16 ^ exchange(line)) * 16 + (sizeof(T) == 4 ? lane / 4 % 4 * 4 : 0);
+    const int place = chunk(line, lane / 16) + (sizeof(T) == 4 ? lane / 4 % 4 * 4 : 0);
     return inside_ >> (i * kSlots + slot) & 1 ? kRing + place : place & (kZeros - 1);
   }
 
@@ -193,67 +202,69 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) conv_held_weight(Held
   feed.store(sums, p.first_split + at.split, at);
 }
 
-// How many pixels lie from the first one that `results` in a row meet to the last one: what each result, and each end
+constexpr int kMostShift = 2;
+
+// How many lines lie from the first pixel that `results` in a row meet to the last one: what each result, and each end
 // of a line, plane or image that they pass, moves on by.
-int64_t lines_for(const Axis (&axes)[3], int64_t results) {
+int64_t lines_for(const Window& window, const Axis (&axes)[3], int64_t results) {
   int64_t lines = 1 + (results - 1) * axes[2].pull, count = 1, pixels = 1;
   for (int d = 2; d >= 0; --d) {
     const Axis& axis = axes[d];
     count *= axis.count;
-    const int64_t ends = (results - 1 + count - 1) / count, pull = d > 0 ? axes[d - 1].pull : 1;
-    lines += (axis.span() + ends * std::max<int64_t>(axis.extent * pull - axis.count * axis.pull, 0)) * pixels;
-    pixels *= axis.extent;
+    const int64_t ends = (results - 1 + count - 1) / count;
+    const int64_t further = d > 0 ? axes[d - 1].pull * window.next[d - 1].by : window.next_image.by;
+    lines += axis.span() * pixels + ends * std::max<int64_t>(further - axis.count * axis.pull * pixels, 0);
+    if (d > 0) pixels = window.next[d - 1].by;
   }
   return lines;
 }
 
 template <class C>
-std::optional<Partial> shares(const ConvGradWeight& p, Workspace& workspace, Stream stream) {
+std::optional<WeightShares> shares(const ConvGradWeight& p, Workspace& workspace, Stream stream) {
   using T = typename C::Storage;
   using S = HeldTaps;
   const ConvShape& s = p.shape;
   const Axis axes[3] = {forward_axis(s, 0), forward_axis(s, 1), forward_axis(s, 2)};
-  const int64_t positions = s.out[0] * s.out[1] * s.out[2], pixels = s.in[0] * s.in[1] * s.in[2];
+  const int64_t positions = s.out[0] * s.out[1] * s.out[2];
   const int64_t taps = s.kernel[0] * s.kernel[1] * s.kernel[2], width = padded<T>(s.in_channels);
-  const int64_t together = images_together(s), lines = (lines_for(axes, S::kStages * kStageDepth<T>) + 7) / 8 * 8;
+  const int64_t together = images_together(s);
+  HeldWeight w{};
+  w.window =
+      window_of(axes, strides_of(true, s.groups * width, s.in).at, s.groups * width * s.in[0] * s.in[1] * s.in[2]);
+  while (w.shift < kMostShift && (axes[2].pull >> w.shift) % 2 == 0) ++w.shift;
+  const int cycle = 8 << w.shift;
+  const bool numbered = set_apart(w.window, axes, cycle, together);
+  const int64_t lines = (lines_for(w.window, axes, S::kStages * kStageDepth<T>) + 2 + cycle - 1) / cycle * cycle;
   const int64_t tap_groups = (taps + S::kTaps - 1) / S::kTaps, parts = (width + S::kChannels - 1) / S::kChannels;
-  bool fits = positions > 0 && 2 * taps * width >= tap_groups * parts * S::kN && together * pixels < kLimit &&
+  bool fits = positions > 0 && 2 * taps * width >= tap_groups * parts * S::kN && numbered &&
               HeldWeightFeed<C, S>::bytes(lines) <= static_cast<int64_t>(shared_limit());
   for (const Axis& axis : axes) fits = fits && -axis.offset <= axis.span();  // the pixels of a result are in order
   if (!fits) return {};
   const auto grad = operand_of<T>(p.grad, s, s.out_channels, s.out, workspace, stream);
   const auto x = operand_of<T>(p.x, s, s.in_channels, s.in, workspace, stream);
-  HeldWeight w{};
   w.grad = grad.data, w.x = x.data;
   w.grad_channels = grad.channels, w.channels = x.channels, w.grad_pixel = grad.pixel;
-  w.window = window_of(axes, strides_of(true, x.pixel, s.in).at, x.image);
   w.tap_groups = Divisor(static_cast<int>(tap_groups)), w.taps = static_cast<int>(taps);
   for (int d = 0; d < 3; ++d) w.span[d] = static_cast<int>(axes[d].span());
   w.lines = Divisor(static_cast<int>(lines));
-  const int rows = static_cast<int>(s.out_channels), columns = to_int(taps * width, "elements of a filter");
-  w.tiles_m = (rows + S::kM - 1) / S::kM, w.tiles_n = to_int(tap_groups * parts, "blocks");
-  const int64_t tiles = int64_t{w.tiles_m} * w.tiles_n * s.groups;
-  const int64_t launches = launches_for(s);
-  w.splits = splits_for(tiles, (together * positions + kStageDepth<T> - 1) / kStageDepth<T>);
-  w.partial =
-      Partial::take(workspace, static_cast<int>(launches * w.splits), to_int(s.groups, "groups"), rows, columns);
-  for (int64_t i = 0; i < launches && !workspace.counts(); ++i) {
-    w.results = static_cast<int>(std::min(together, s.batch - i * together) * positions);
-    w.steps = (w.results + kStageDepth<T> - 1) / kStageDepth<T>;
-    w.first_split = static_cast<int>(i * w.splits);
-    launch({"conv_grad_weight", static_cast<unsigned>(to_int(tiles * w.splits, "blocks")), S::kThreads, stream,
-            static_cast<size_t>(HeldWeightFeed<C, S>::bytes(lines))},
+  const auto steps_of = [&](int64_t images) { return (images * positions + kStageDepth<T> - 1) / kStageDepth<T>; };
+  const int columns = to_int(taps * width, "elements of a filter");
+  const unsigned blocks = w.divide<S>(workspace, s, columns, tap_groups * parts, steps_of(together));
+  const WeightShares found{w.partial, static_cast<int>(width), 1};
+  if (workspace.counts()) return found;
+  w.template for_launches<T>(s, grad.image, x.image, [&](int64_t images) {
+    w.images = static_cast<int>(images), w.results = static_cast<int>(images * positions);
+    w.steps = static_cast<int>(steps_of(images));
+    launch({"conv_grad_weight", blocks, S::kThreads, stream, static_cast<size_t>(HeldWeightFeed<C, S>::bytes(lines))},
            conv_held_weight<C, S>, w);
-    w.grad = static_cast<const T*>(w.grad) + together * grad.image;
-    w.x = static_cast<const T*>(w.x) + together * x.image;
-  }
-  return w.partial;
+  });
+  return found;
 }
 
 }  // namespace
 
-std::optional<Partial> held_weight(const ConvGradWeight& p, Workspace& workspace, Stream stream) {
-  std::optional<Partial> found;
+std::optional<WeightShares> held_weight(const ConvGradWeight& p, Workspace& workspace, Stream stream) {
+  std::optional<WeightShares> found;
   with_arithmetic(p.shape.dtype, p.shape.tf32,
                   [&](auto arithmetic) { found = shares<decltype(arithmetic)>(p, workspace, stream); });
   return found;

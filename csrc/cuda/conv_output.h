@@ -149,13 +149,15 @@ inline int64_t images_together(const Phase& phase, int64_t batch) {
   return std::min(batch, (kLimit - 1) / std::max(phase.positions(), pixels));
 }
 
-// The weight's side of a layout [.., taps of the phase, ..]: what q.from, the weight's first element, gives way to.
-inline void fill_taps(Layout& q, const Phase& phase, const ConvShape& s, size_t size) {
+// A layout [.., taps of the phase, ..], `to_tap` elements apart: q.from, the weight's first element, gives way to that
+// of the first tap.
+inline void fill_taps(Layout& q, const Phase& phase, const ConvShape& s, int64_t to_tap, size_t size) {
   const int64_t* const strides = s.weight_strides + 2;
   int64_t first = 0;
-  for (int d = 0; d < 3; ++d) {
+  for (int d = 2; d >= 0; --d) {
     first += phase.axes[d].tap * strides[d];
-    q.from_pixel[d] = phase.axes[d].tap_step * strides[d];
+    q.from_pixel[d] = phase.axes[d].tap_step * strides[d], q.to_pixel[d] = to_tap;
+    to_tap *= phase.axes[d].taps;
   }
   q.from = static_cast<const char*>(q.from) + first * static_cast<int64_t>(size);
   q.pixels = to_int(phase.taps(), "taps");
@@ -190,7 +192,7 @@ inline Output output_of(const Phase& phase, const ConvGather& p, size_t size) {
 
 // Without products of matrices (conv_direct.cu): where every group has one channel of x, and float32 sums of so few
 // terms that three TF32 products, off by up to 6 eps each, would lie further from the truth than their rounding.
-constexpr int64_t kFewTerms = 8;
+constexpr int64_t kFewTerms = 16;
 inline bool is_depthwise(const ConvShape& s) { return s.groups > 1 && s.in_channels == 1; }
 inline bool is_direct(const Phase& phase, const ConvShape& s) {
   return is_depthwise(s) || (s.dtype == Dtype::kFloat32 && phase.taps() * phase.source_channels < kFewTerms);

@@ -144,7 +144,7 @@ struct Partial {
   int splits, groups, rows, columns, pitch;
 
   static Partial take(Workspace& workspace, int splits, int groups, int rows, int columns) {
-    const int pitch = (columns + 3) / 4 * 4;
+    const int pitch = (columns + 7) / 8 * 8;  // whole sectors
     return {static_cast<float*>(workspace.take(int64_t{4} * splits * groups * rows * pitch)),
             splits,
             groups,

@@ -7,13 +7,9 @@
 namespace fastnets::cuda {
 namespace {
 
-struct Weight {
-  const void *grad, *x;                              // Operands
-  Partial partial;                                   // [out channels, taps * channels padded] of each group
-  int first_split, splits, steps, tiles_m, tiles_n;  // of this launch
-  int pixels;                                        // of the images of this launch
-  int grad_channels, channels;                       // of a group, padded
-  int64_t grad_pixel;
+struct Weight : WeightPass {  // of Operands
+  int pixels;                 // of the images of this launch
+  int channels;               // of a group of x, padded
   Divisor tap_channels;
   Window window;  // of x
   // Of tensors read in planes:
@@ -183,7 +179,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) conv_weight_planes(We
 struct Target {
   void* data;
   int64_t row, channel, tap[3];
-  int channels, padded;  // of a group
+  int channels;                      // of a group
+  int tap_columns, channel_columns;  // from one to the next
   Divisor tap_count;
   Coordinates taps;
 };
@@ -204,8 +201,9 @@ __global__ void __launch_bounds__(kThreads, 4) conv_weight_shares(Partial partia
     const int row = to.tap_count.divide(tap);
     float sum = 0.0f;
     for (int split = 0; split < partial.splits; ++split) {
-      sum += load_global_if<1>(line + y < lines && channel + x < to.channels,
-                               partial.row(split, 0, row) + tap * to.padded + channel + x)[0];
+      sum +=
+          load_global_if<1>(line + y < lines && channel + x < to.channels,
+                            partial.row(split, 0, row) + tap * to.tap_columns + (channel + x) * to.channel_columns)[0];
     }
     store_shared(&tile[y * (kTile + 1) + x], sum);
   }
@@ -235,9 +233,8 @@ bool is_planes(const ConvGradWeight& p) {
          (reinterpret_cast<uintptr_t>(p.grad) | reinterpret_cast<uintptr_t>(p.x)) % 16 == 0;
 }
 
-// The shares of the sums; a tap has `width` columns.
 template <class C>
-Partial shares(const ConvGradWeight& p, int64_t width, Workspace& workspace, Stream stream) {
+WeightShares shares(const ConvGradWeight& p, Workspace& workspace, Stream stream) {
   using T = typename C::Storage;
   const ConvShape& s = p.shape;
   const bool planes = is_planes<T>(p);
@@ -253,49 +250,41 @@ Partial shares(const ConvGradWeight& p, int64_t width, Workspace& workspace, Str
   w.grad = grad.data, w.x = x.data;
   w.grad_channels = grad.channels, w.channels = x.channels;
   w.grad_pixel = grad.pixel, w.grad_image = grad.image, w.plane = positions;
-  w.tap_channels = Divisor(static_cast<int>(width));
+  const int width = static_cast<int>(planes ? s.in_channels : x.channels);  // columns of a tap
+  w.tap_channels = Divisor(width);
   w.window = window_of({forward_axis(s, 0), forward_axis(s, 1), forward_axis(s, 2)}, strides_of(true, x.pixel, s.in).at,
                        x.image);
-  const int rows = static_cast<int>(s.out_channels), columns = to_int(taps * width, "elements of a filter");
-  const int64_t together = images_together(s), launches = launches_for(s);
-  with_weight_shape(rows, columns, [&](auto shape) {
+  const int columns = to_int(taps * width, "elements of a filter");
+  with_weight_shape(s.out_channels, columns, [&](auto shape) {
     using S = decltype(shape);
-    w.tiles_m = (rows + S::kM - 1) / S::kM, w.tiles_n = (columns + S::kN - 1) / S::kN;
-    const int64_t tiles = int64_t{w.tiles_m} * w.tiles_n * s.groups;
-    const int64_t steps = (together * positions + kStageDepth<T> - 1) / kStageDepth<T>;
-    w.splits = splits_for(tiles, steps);
-    w.partial =
-        Partial::take(workspace, static_cast<int>(launches * w.splits), to_int(s.groups, "groups"), rows, columns);
+    const auto steps_of = [&](int64_t images) { return (images * positions + kStageDepth<T> - 1) / kStageDepth<T>; };
+    const unsigned blocks =
+        w.divide<S>(workspace, s, columns, (columns + S::kN - 1) / S::kN, steps_of(images_together(s)));
     if (workspace.counts()) return;
-    for (int64_t i = 0; i < launches; ++i) {
-      w.pixels = static_cast<int>(std::min(together, s.batch - i * together) * positions);
-      w.steps = (w.pixels + kStageDepth<T> - 1) / kStageDepth<T>;
-      w.first_split = static_cast<int>(i * w.splits);
-      launch({"conv_grad_weight", static_cast<unsigned>(to_int(tiles * w.splits, "blocks")), S::kThreads, stream,
-              kProductBytes<S>},
+    w.template for_launches<T>(s, grad.image, x.image, [&](int64_t images) {
+      w.pixels = static_cast<int>(images * positions), w.steps = static_cast<int>(steps_of(images));
+      launch({"conv_grad_weight", blocks, S::kThreads, stream, kProductBytes<S>},
              planes ? conv_weight_planes<C, S> : conv_weight<C, S>, w);
-      w.grad = static_cast<const T*>(w.grad) + together * grad.image;
-      w.x = static_cast<const T*>(w.x) + together * x.image;
-    }
+    });
   });
-  return w.partial;
+  return {w.partial, width, 1};
 }
 
-// Adds them up; `padded`: columns of a tap.
 template <class T>
-void add_shares(const ConvGradWeight& p, const Partial& partial, int64_t padded, Stream stream) {
+void add_shares(const ConvGradWeight& p, const WeightShares& shares, Stream stream) {
   const ConvShape& s = p.shape;
   const int64_t taps = s.kernel[0] * s.kernel[1] * s.kernel[2];
   Target to{};
   to.data = p.grad_weight, to.row = s.weight_strides[0], to.channel = s.weight_strides[1];
   for (int d = 0; d < 3; ++d) to.tap[d] = s.weight_strides[2 + d];
-  to.channels = static_cast<int>(s.in_channels), to.padded = static_cast<int>(padded);
+  to.channels = static_cast<int>(s.in_channels);
+  to.tap_columns = shares.tap, to.channel_columns = shares.channel;
   to.tap_count = Divisor(static_cast<int>(taps));
   to.taps = Coordinates(static_cast<int>(s.kernel[1]), static_cast<int>(s.kernel[2]));
   const int lines = to_int(s.groups * s.out_channels * taps, "filters' taps");
   const int64_t tiles = (int64_t{lines} + kTile - 1) / kTile * ((s.in_channels + kTile - 1) / kTile);
   launch({"conv_grad_weight_shares", static_cast<unsigned>(to_int(tiles, "blocks")), kThreads, stream},
-         conv_weight_shares<T>, partial, to, lines);
+         conv_weight_shares<T>, shares.sums, to, lines);
 }
 
 // ---- few terms -----------------------------------------------------------------------------------------------------
@@ -363,12 +352,10 @@ void grad_weight(const ConvGradWeight& p, Workspace& workspace, Stream stream) {
   }
   with_arithmetic(p.shape.dtype, p.shape.tf32, [&](auto arithmetic) {
     using C = decltype(arithmetic);
-    using T = typename C::Storage;
-    std::optional<Partial> partial = few_weight(p, workspace, stream);
-    const int64_t width = partial || is_planes<T>(p) ? s.in_channels : padded<T>(s.in_channels);
-    if (!partial) partial = held_weight(p, workspace, stream);
-    if (!partial) partial = shares<C>(p, width, workspace, stream);
-    if (!workspace.counts()) add_shares<T>(p, *partial, width, stream);
+    std::optional<WeightShares> found = few_weight(p, workspace, stream);
+    if (!found) found = held_weight(p, workspace, stream);
+    if (!found) found = shares<C>(p, workspace, stream);
+    if (!workspace.counts()) add_shares<typename C::Storage>(p, *found, stream);
   });
 }
 

@@ -180,43 +180,53 @@ struct Target {
   void* data;
   int64_t row, channel, tap[3];
   int channels;                      // of a group
-  int tap_columns, channel_columns;  // from one to the next
-  Divisor tap_count;
+  int tap_columns, channel_columns;  // of the sums, from one to the next
+  int lines, tile_lines;             // taps of rows: in all, of a tile
+  Divisor tap_count, tile_taps;      // of a row: in all, of a tile
   Coordinates taps;
 };
 
 constexpr int kThreads = 256, kTile = 32;
 
-// Adds the shares. A block has a tile of kTile taps of rows by kTile channels, read along channels, written along taps
-// where these lie closer.
+// Adds the shares. A block has a tile of up to kTile taps, of whole rows where these have no more, by kTile channels,
+// read along what lies side by side in the sums and written along what will.
 template <class T>
-__global__ void __launch_bounds__(kThreads, 4) conv_weight_shares(Partial partial, Target to, int lines) {
-  SHARED_ARRAY(float, tile, kTile*(kTile + 1));
-  const int across = (to.channels + kTile - 1) / kTile;
-  const int line = static_cast<int>(blockIdx.x) / across * kTile,
+__global__ void __launch_bounds__(kThreads, 4) conv_weight_shares(Partial partial, Target to) {
+  SHARED_ARRAY(float, tile, kTile * kTile * 3 / 2);  // [rows][channels][taps], an odd number of taps apart
+  const int across = (to.channels + kTile - 1) / kTile, pitch = to.tile_taps.by | 1;
+  const int line = static_cast<int>(blockIdx.x) / across * to.tile_lines,
             channel = static_cast<int>(blockIdx.x) % across * kTile;
   for (int i = threadIdx.x; i < kTile * kTile; i += kThreads) {
-    const int y = i / kTile, x = i % kTile;
-    int tap = line + y;
-    const int row = to.tap_count.divide(tap);
+    const int y = to.tap_columns == 1 ? i % kTile : i / kTile, x = to.tap_columns == 1 ? i / kTile : i % kTile;
+    const bool exists = y < to.tile_lines && line + y < to.lines && channel + x < to.channels;
+    int tap = line + y, in_tile = y;
+    const int row = to.tap_count.divide(tap), tile_row = to.tile_taps.divide(in_tile);
     float sum = 0.0f;
     for (int split = 0; split < partial.splits; ++split) {
-      sum +=
-          load_global_if<1>(line + y < lines && channel + x < to.channels,
-                            partial.row(split, 0, row) + tap * to.tap_columns + (channel + x) * to.channel_columns)[0];
+      sum += load_global_if<1>(
+          exists, partial.row(split, 0, row) + tap * to.tap_columns + (channel + x) * to.channel_columns)[0];
     }
-    store_shared(&tile[y * (kTile + 1) + x], sum);
+    if (y < to.tile_lines) store_shared(&tile[(tile_row * kTile + x) * pitch + in_tile], sum);
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < kTile * kTile; i += kThreads) {
-    const int y = to.channel == 1 ? i / kTile : i % kTile, x = to.channel == 1 ? i % kTile : i / kTile;
-    int tap = line + y, at[3];
+  for (int i = threadIdx.x; i < to.tile_lines * kTile; i += kThreads) {
+    int tile_row, x, in_tile;
+    if (to.channel == 1) {
+      in_tile = i / kTile, x = i % kTile;
+      tile_row = to.tile_taps.divide(in_tile);
+    } else {
+      in_tile = i;
+      x = to.tile_taps.divide(in_tile);
+      tile_row = x / kTile, x %= kTile;
+    }
+    int tap = line + tile_row * to.tile_taps.by + in_tile, at[3];
+    const bool exists = tap < to.lines && channel + x < to.channels;
     const int row = to.tap_count.divide(tap);
     to.taps(tap, at);
-    if (line + y < lines && channel + x < to.channels) {
+    if (exists) {
       store_global(static_cast<T*>(to.data) + row * to.row + (channel + x) * to.channel + at[0] * to.tap[0] +
                        at[1] * to.tap[1] + at[2] * to.tap[2],
-                   from_float<T>(load_shared(&tile[y * (kTile + 1) + x])));
+                   from_float<T>(load_shared(&tile[(tile_row * kTile + x) * pitch + in_tile])));
     }
   }
 }
@@ -273,18 +283,30 @@ WeightShares shares(const ConvGradWeight& p, Workspace& workspace, Stream stream
 template <class T>
 void add_shares(const ConvGradWeight& p, const WeightShares& shares, Stream stream) {
   const ConvShape& s = p.shape;
-  const int64_t taps = s.kernel[0] * s.kernel[1] * s.kernel[2];
+  int64_t taps = 1, next = shares.tap;
+  bool in_order = s.in_channels == 1 || s.weight_strides[1] == shares.channel;
+  for (int d = 2; d >= 0; --d) {
+    in_order = in_order && (s.kernel[d] == 1 || s.weight_strides[2 + d] == next);
+    next *= s.kernel[d], taps *= s.kernel[d];
+  }
   Target to{};
-  to.data = p.grad_weight, to.row = s.weight_strides[0], to.channel = s.weight_strides[1];
-  for (int d = 0; d < 3; ++d) to.tap[d] = s.weight_strides[2 + d];
-  to.channels = static_cast<int>(s.in_channels);
-  to.tap_columns = shares.tap, to.channel_columns = shares.channel;
-  to.tap_count = Divisor(static_cast<int>(taps));
+  to.data = p.grad_weight, to.row = s.weight_strides[0];
+  if (in_order) {  // the columns are a row's elements as they lie: channels of a single tap
+    to.channels = static_cast<int>(taps * s.in_channels), to.channel = to.channel_columns = 1;
+    taps = 1;
+  } else {
+    to.channels = static_cast<int>(s.in_channels), to.channel = s.weight_strides[1];
+    for (int d = 0; d < 3; ++d) to.tap[d] = s.weight_strides[2 + d];
+    to.tap_columns = shares.tap, to.channel_columns = shares.channel;
+  }
+  const int64_t of_row = std::min<int64_t>(taps, kTile);
+  to.tap_count = Divisor(static_cast<int>(taps)), to.tile_taps = Divisor(static_cast<int>(of_row));
   to.taps = Coordinates(static_cast<int>(s.kernel[1]), static_cast<int>(s.kernel[2]));
-  const int lines = to_int(s.groups * s.out_channels * taps, "filters' taps");
-  const int64_t tiles = (int64_t{lines} + kTile - 1) / kTile * ((s.in_channels + kTile - 1) / kTile);
+  to.lines = to_int(s.groups * s.out_channels * taps, "filters' taps");
+  to.tile_lines = static_cast<int>(kTile / of_row * of_row);
+  const int64_t tiles = (int64_t{to.lines} + to.tile_lines - 1) / to.tile_lines * ((to.channels + kTile - 1) / kTile);
   launch({"conv_grad_weight_shares", static_cast<unsigned>(to_int(tiles, "blocks")), kThreads, stream},
-         conv_weight_shares<T>, shares.sums, to, lines);
+         conv_weight_shares<T>, shares.sums, to);
 }
 
 // ---- few terms -----------------------------------------------------------------------------------------------------

@@ -67,8 +67,9 @@ class GatherFeed {
   Reader<C, B, Side::kB> read_b_;
 };
 
-// One tap, of images whose planes are whole chunks: the source as it lies with its pixels innermost, 8 bytes a copy, or
-// 16 where no chunk begins in one image and ends in the next.
+// One tap, of images whose planes are whole halves of chunks: the source as it lies with its pixels innermost, 8 bytes
+// a copy, or 16 where no chunk begins in one image and ends in the next. Of 16 copies of 8 bytes eight are of either
+// half, since chunks are exchanged within 128 bytes.
 template <class C, class S>
 class PlanesFeed {
   using T = typename C::Storage;
@@ -82,7 +83,7 @@ class PlanesFeed {
       : p_(p), filter_(p, at), ring_(shared), a_(nullptr), b_(nullptr) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int m = at.row + place() * kChunk<T> + half * kHalf;
+      const int m = at.row + place() * kChunk<T> + (half ^ first_half()) * kHalf;
       int pixel = m;
       const int64_t image = p.window.positions.divide(pixel);
       source_[half] = m < p.output.rows
@@ -100,14 +101,15 @@ class PlanesFeed {
       const int64_t moved = channel * p_.plane;
       const bool within = channel < p_.channels;
       if (p_.whole) {
-        const bool inside = within && source_[0] != nullptr;
-        copy_async<16>(a.at(line, place() * kChunk<T>), inside ? source_[0] + moved : any, inside ? 16 : 0);
+        const T* const source = first_half() ? source_[1] : source_[0];
+        const bool inside = within && source != nullptr;
+        copy_async<16>(a.at(line, place() * kChunk<T>), inside ? source + moved : any, inside ? 16 : 0);
       } else {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const bool inside = within && source_[half] != nullptr;
-          copy_async<8>(a.at(line, place() * kChunk<T> + half * kHalf), inside ? source_[half] + moved : any,
-                        inside ? 8 : 0);
+          copy_async<8>(a.at(line, place() * kChunk<T> + (half ^ first_half()) * kHalf),
+                        inside ? source_[half] + moved : any, inside ? 8 : 0);
         }
       }
     }
@@ -122,9 +124,10 @@ class PlanesFeed {
 
  private:
   static __device__ __forceinline__ int place() { return static_cast<int>(threadIdx.x) % kChunks; }
+  static __device__ __forceinline__ int first_half() { return static_cast<int>(threadIdx.x) / 8 % 2; }
 
   const Gather& p_;
-  const T* source_[2];
+  const T* source_[2];  // of the half that a thread copies first, and of the other one
   FilterCopy<T, S> filter_;
   Ring<S, A, B> ring_;
   A a_;

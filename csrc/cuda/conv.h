@@ -142,8 +142,11 @@ inline Window window_of(const Axis (&axes)[3], const int64_t (&pixel)[3], int64_
   return w;
 }
 
+constexpr int kMostRows = 256;  // of a tile
+
 // Sets the numbers of pixels apart: so that from a result to the next, whether in its line or not, they move on by as
-// many, but for multiples of `cycle`. False where `images` take more than 32 bits: then they are left as they are.
+// many, but for multiples of `cycle`. False where `images`, and as many more as a tile has rows, take more than 32
+// bits: then they are left as they are.
 inline bool set_apart(Window& window, const Axis (&axes)[3], int cycle, int64_t images) {
   Window found = window;
   int64_t results = axes[2].pull, pixels = 1;
@@ -153,7 +156,7 @@ inline bool set_apart(Window& window, const Axis (&axes)[3], int cycle, int64_t 
     int more = 0;
     while (more < cycle && ((pixels + more) * pull - results) % cycle != 0) ++more;
     pixels += more % cycle;
-    if (pixels * images >= kLimit) return false;
+    if (pixels * (images + kMostRows) >= kLimit) return false;
     (d > 0 ? found.next[d - 1] : found.next_image) = Divisor(static_cast<int>(pixels));
   }
   window = found;

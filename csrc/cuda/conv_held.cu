@@ -125,9 +125,9 @@ class HeldFeed {
   // The image of the warp's i-th row of this lane, and its place.
   __device__ __forceinline__ int begin_of(int i, int (&from)[3]) const {
     const Gather& g = p_.gather;
-    const int row = first_row_ + 16 * i, found = row < g.output.rows ? row : 0;
-    g.window.begin(found, from);
-    return g.window.positions.quotient(found);
+    const int row = first_row_ + 16 * i;  // behind the last result, too, for the same banks
+    g.window.begin(row, from);
+    return g.window.positions.quotient(row);
   }
 
   // Of the pixels that the block's rows meet at taps from `by` on: the first one, and the one behind the last.

@@ -100,8 +100,8 @@ class HeldWeightFeed {
     for (int i = 0; i < kProducts * kRows; ++i) {
       const int m = step * kDepth + i / kRows * fastnets::kDepth<C> + row() + i % kRows * 4;
       const bool exists = m < p_.results;
-      int at[3];
-      line_[i] = p_.window.number(begin_of(exists ? m : 0, at), at) - begin + in_ring;
+      int at[3];  // behind the last result, too, for the same banks
+      line_[i] = p_.window.number(begin_of(m, at), at) - begin + in_ring;
 #pragma unroll
       for (int s = 0; s < kSlots; ++s) {
         inside_ |= static_cast<uint32_t>(exists && p_.window.inside(at, by[s])) << (i * kSlots + s);

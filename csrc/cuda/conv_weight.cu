@@ -85,8 +85,9 @@ class WeightFeed {
   Reader<C, B, Side::kB, true> read_b_;
 };
 
-// One tap at every pixel, of images whose planes are whole chunks: both tensors as they lie with their pixels
-// innermost, 8 bytes a copy, or 16 where no chunk begins in one image and ends in the next.
+// One tap at every pixel, of images whose planes are whole halves of chunks: both tensors as they lie with their pixels
+// innermost, 8 bytes a copy, or 16 where no chunk begins in one image and ends in the next. Of 16 copies of 8 bytes
+// eight are of either half, since chunks are exchanged within 128 bytes.
 template <class C, class S>
 class WeightPlanesFeed {
   using T = typename C::Storage;
@@ -124,7 +125,8 @@ class WeightPlanesFeed {
     constexpr int kElements = kChunk<T> / Pieces, kBytes = 16 / Pieces;
 #pragma unroll
     for (int piece = 0; piece < Pieces; ++piece) {
-      const int place = static_cast<int>(threadIdx.x) % kChunks * kChunk<T> + piece * kElements;
+      const int first = Pieces == 1 ? 0 : static_cast<int>(threadIdx.x) / 8 % 2;
+      const int place = static_cast<int>(threadIdx.x) % kChunks * kChunk<T> + (piece ^ first) * kElements;
       int pixel = step * kStageDepth<T> + place;
       const bool within = pixel < p_.pixels;
       const int64_t image = p_.window.positions.divide(pixel);

@@ -384,6 +384,7 @@ struct Finish {
   FASTNETS_INLINE static void store_apart(S* to, Vec<T> value, int n, int64_t step) {
     if (step == 1 && n == kLanes<T>) return store(to, value);
     if (step == 1) return store_partial<S>(to, value, n);
+    if (step == 2 && n == kLanes<T>) return store_every_second<S>(to, value);
     for (int i = 0; i < n; ++i) to[i * step] = from_float<S>(value[i]);
   }
 };

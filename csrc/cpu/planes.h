@@ -62,11 +62,17 @@ struct Plane {
           const int64_t start = w.offset + remainder, begin = at_most(positive_ceil(-start, w.pull), columns);
           const int64_t end = at_most(positive_ceil(w.extent - start, w.pull), columns);
           const S* from = source + z * strides.at[0] + y * strides.at[1] + (start + begin * w.pull) * strides.at[2];
+          if (begin >= end) continue;
+          int64_t c = begin;
           if (step == 1) {
-            if (begin < end) copy_converted<T>(from, end - begin, to + begin);
-          } else {
-            for (int64_t c = begin; c < end; ++c, from += step) to[c] = to_float(*from);
+            copy_converted<T>(from, end - begin, to + begin);
+            c = end;
+          } else if (step == 2) {  // two vectors hold one, and an element after it that has to be there
+            for (; c + kLanes<T> < end; c += kLanes<T>, from += 2 * kLanes<T>) {
+              store(to + c, every_second<T>(load(from), load(from + kLanes<T>)));
+            }
           }
+          for (; c < end; ++c, from += step) to[c] = to_float(*from);
         }
       }
     }

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <initializer_list>
 #include <type_traits>
+#include <utility>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -214,6 +215,20 @@ FASTNETS_INLINE Vec<Compute<S>> load_partial(const S* p, int n) {
   std::memcpy(buffer, p, static_cast<size_t>(n) * sizeof(S));
   return load(buffer);
 }
+// The lanes to p[0], p[2], p[4], ...; what lies between them is not touched.
+template <class S>
+FASTNETS_INLINE void store_every_second(S* p, Vec<Compute<S>> v) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<S, float>) {
+    const __m512 low = __m512(__builtin_shufflevector(v, v, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7));
+    const __m512 high =
+        __m512(__builtin_shufflevector(v, v, 8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 15));
+    _mm512_mask_storeu_ps(p, 0x5555, low);
+    return _mm512_mask_storeu_ps(p + kLanes<float>, 0x5555, high);
+  }
+#endif
+  for (int i = 0; i < kLanes<Compute<S>>; ++i) p[2 * i] = from_float<S>(v[i]);
+}
 template <class S>
 FASTNETS_INLINE void store_partial(S* p, Vec<Compute<S>> v, int n) {
 #if defined(__AVX512F__)
@@ -226,6 +241,15 @@ FASTNETS_INLINE void store_partial(S* p, Vec<Compute<S>> v, int n) {
 }
 
 // A lane-wise choice: comparisons of vectors (a < b, v == v) give the condition.
+// Lanes 0, 2, 4, ... of a, then of b.
+template <class T, int... kIndex>
+FASTNETS_INLINE Vec<T> every_second(Vec<T> a, Vec<T> b, std::integer_sequence<int, kIndex...>) {
+  return __builtin_shufflevector(a, b, (2 * kIndex)...);
+}
+template <class T>
+FASTNETS_INLINE Vec<T> every_second(Vec<T> a, Vec<T> b) {
+  return every_second<T>(a, b, std::make_integer_sequence<int, kLanes<T>>{});
+}
 template <class T>
 FASTNETS_INLINE Vec<T> select(Vec<Int<T>> condition, Vec<T> yes, Vec<T> no) {
   return condition ? yes : no;

@@ -511,6 +511,35 @@ def test_an_infinite_source_spoils_what_sees_it_alone(bad, memory_format):
     x[1, 5, 7, 9] = bad
     weight = (torch.randn(40, 32, 3, 3) / 17).to(memory_format=memory_format)
     x = x.to(memory_format=memory_format)
-    torch.testing.assert_close(
-        functional.conv2d(x, weight), torch.nn.functional.conv2d(x, weight), equal_nan=True, rtol=1e-5, atol=1e-5
-    )
+    weight.requires_grad_()
+    ours, stock = functional.conv2d(x, weight), torch.nn.functional.conv2d(x, weight)
+    torch.testing.assert_close(ours, stock, equal_nan=True, rtol=1e-5, atol=1e-5)
+    # Of the weight's gradient it spoils one channel's taps.
+    for found, expected in zip(gradients(ours, [weight]), gradients(stock, [weight]), strict=True):
+        assert expected[:, :5].isfinite().all()
+        torch.testing.assert_close(found, expected, equal_nan=True, rtol=1e-4, atol=1e-3)
+
+
+LARGE = {  # results of 4 MiB and more, which go past the caches: x, weight, options
+    "first layer": ((4, 3, 96, 160), (32, 3, 3, 3), {"padding": 1}),
+    "stride 2": ((4, 16, 160, 192), (48, 16, 3, 3), {"stride": 2, "padding": 1}),
+    "1x1": ((2, 24, 144, 160), (40, 24, 1, 1), {}),
+    "1x1, odd plane": ((2, 24, 145, 161), (40, 24, 1, 1), {}),
+    "depthwise": ((2, 48, 112, 128), (48, 1, 3, 3), {"padding": 1, "groups": 48}),
+    "one channel": ((1, 24, 1100, 1000), (1, 24, 3, 3), {"padding": 1}),
+}
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("name", LARGE)
+def test_results_past_the_caches(name, channels_last):
+    sizes, weight_sizes, options = LARGE[name]
+    generator = torch.Generator().manual_seed(3)
+    x, weight = torch.randn(sizes, generator=generator), torch.randn(weight_sizes, generator=generator)
+    bias = torch.randn(weight_sizes[0], generator=generator)
+    if channels_last:
+        x = innermost(x)
+    with fastnets.backend("cpu"):
+        y = functional.conv2d(x, weight, bias, **options)
+    assert y.nbytes >= 4 << 20
+    torch.testing.assert_close(y, torch.nn.functional.conv2d(x, weight, bias, **options), rtol=1e-4, atol=1e-4)

@@ -103,7 +103,8 @@ def run(args: argparse.Namespace) -> int:
     if compiled:
         by = Counter(f"{one.kernel.arch} {one.multiplies}" for one in compiled if one.multiplies)
         out.print(f"Triton: {len(compiled)} kernels compiled, {len(compiled) - len(complaints)} without a complaint")
-        out.print("Products by " + ", ".join(f"{name}: {count}" for name, count in by.items()))
+        if by:
+            out.print("Products by " + ", ".join(f"{name}: {count}" for name, count in by.items()))
     return 1 if complaints else 0
 
 

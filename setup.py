@@ -44,7 +44,7 @@ if platform.machine() in ("x86_64", "AMD64"):
         *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"),
     ]
     INSTRUCTION_SETS["avx512_bf16"] = [*INSTRUCTION_SETS["avx512"], "-mavx512bf16"]
-FAMILIES_OF = {"avx512_bf16": ("attention",)}
+FAMILIES_OF = {"avx512_bf16": ("attention", "recurrent")}
 """The families that an instruction set has kernels for, where not all."""
 SIMT = "fastnets._simt"
 CUDA = "fastnets._C_cuda"

@@ -82,12 +82,16 @@ void forward_rows(const AttentionForward& p, const Head& h, int64_t begin, int64
       const int64_t n = smaller(keys, seen.last - j0), count = to - from;
       if (n <= 0 || seen.first >= j0 + keys) return;
       queries.score(from, count, n);
-      alignas(64) T shrink[16] = {}, sums[kGroupRows];
-      for (int64_t r = 0; r < count; ++r) {
+      alignas(64) T shrink[16] = {}, sums[kGroupRows], tops[kGroupRows];
+      for (int64_t r = 0; r < count; ++r) {  // apart from what follows: the rows' latencies overlap
         T* s = at.scores + r * kKeys;
         if (scoring.cap != T(0)) scoring.squash(s, n);
         scoring.finish(h, begin + from + r, j0, n, s);
-        shrink[r] = absorb<T>(s, n, at.largest + from + r, sums + r);
+        tops[r] = largest_of<T>(s, n);
+      }
+      for (int64_t r = 0; r < count; ++r) {
+        T* s = at.scores + r * kKeys;
+        shrink[r] = absorb<T, kPairs>(s, n, tops[r], at.largest + from + r, sums + r);
         if (p.dropout != 0) {
           scoring.keep(h, begin + from + r, j0, at.keep);
           for (int64_t c = 0; c < n; c += kLanes<T>) store(s + c, load(s + c) * load(at.keep + c));

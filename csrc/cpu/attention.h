@@ -13,12 +13,6 @@ constexpr int kGroupRows = 6;  // rows in a register tile
 constexpr int kTileVecs = kVectorBytes == 64 ? 4 : 2;
 constexpr double kLog2E = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
 
-#if defined(__AVX512BF16__)
-constexpr bool kHasPairs = true;
-#else
-constexpr bool kHasPairs = false;
-#endif
-
 template <class T>
 constexpr T kMinusInfinity = sizeof(T) == 8 ? T(-__builtin_inf()) : T(-__builtin_inff());
 template <class T>
@@ -184,9 +178,6 @@ void store_rows(Dtype dtype, void* data, int64_t at, int64_t row, int64_t rows, 
 }
 
 // ---- pairs of bfloat16 -----------------------------------------------------------------------------------------
-//
-// Where the processor has vdpbf16ps, an operand of bfloat16 stays what it is in memory: a word (a float by its size
-// only: no arithmetic touches it) holds two neighbours in depth, and one instruction multiplies and adds both.
 
 constexpr int64_t words(int64_t n) { return (n + 1) / 2; }
 
@@ -244,19 +235,6 @@ inline void round_row_pairs(const float* from, int64_t rows, int64_t n, float* t
   }
 }
 #endif
-
-// a b + c; of pairs, both products.
-template <class T, bool kPairs>
-FASTNETS_INLINE Vec<T> multiply_add(T a, Vec<T> b, Vec<T> c) {
-#if defined(__AVX512BF16__)
-  if constexpr (kPairs) {
-    int32_t word;
-    std::memcpy(&word, &a, sizeof word);
-    return Vec<T>(_mm512_dpbf16_ps(__m512(c), __m512bh(_mm512_set1_epi32(word)), __m512bh(b)));
-  }
-#endif
-  return fma<T>(broadcast<T>(a), b, c);
-}
 
 // ---- the register tile -----------------------------------------------------------------------------------------
 
@@ -357,33 +335,39 @@ struct Exp2Series {
 };
 constexpr Exp2Series kExp2Series;
 
-// 2^x for x <= 127, to about 1 ulp; 0 below the normal range, NaN stays. x = n + r with |r| <= 1/2, and 2^r by its
-// Taylor series.
-template <class T>
+// 2^x for x <= 127, to about 1 ulp, or with `coarse` to 2e-6, which bfloat16 does not see; 0 below the normal range,
+// NaN stays. x = n + r with |r| <= 1/2, and 2^r by its Taylor series.
+template <class T, bool coarse = false>
 FASTNETS_INLINE Vec<T> exp2(Vec<T> x) {
   constexpr bool is_double = sizeof(T) == 8;
-  constexpr int degree = is_double ? 13 : 6, mantissa = is_double ? 52 : 23;
-  const T bias = is_double ? T(1023) : T(127), magic = is_double ? T(0x1.8p52) : T(0x1.8p23);
-  x = select<T>(x < broadcast<T>(-bias), broadcast<T>(-bias), x);
-  Vec<T> shifted = x + (magic + bias);  // its low bits are the exponent field of 2^n, whole
+  constexpr int degree = is_double ? 13 : coarse ? 5 : 6;
+  x = maximum<T>(broadcast<T>(-kBias<T>), x);
+  Vec<T> shifted = x + (kRounding<T> + kBias<T>);  // its low bits are the exponent field of 2^n, whole
   asm("" : "+x"(shifted));
-  const Vec<T> r = x - (shifted - (magic + bias));
+  const Vec<T> r = x - (shifted - (kRounding<T> + kBias<T>));
   Vec<T> y = broadcast<T>(T(kExp2Series.terms[degree]));
 #pragma GCC unroll 16
   for (int i = degree - 1; i >= 0; --i) y = fma<T>(y, r, broadcast<T>(T(kExp2Series.terms[i])));
-  return y * reinterpret_cast<Vec<T>>(reinterpret_cast<Vec<Int<T>>>(shifted) << mantissa);
+  return y * reinterpret_cast<Vec<T>>(reinterpret_cast<Vec<Int<T>>>(shifted) << kMantissa<T>);
 }
 
-// One row's scores become weights relative to the running maximum; returns what the former sums shrink by, in log2.
+// The largest of a row's scores.
 template <class T>
-FASTNETS_INLINE T absorb(T* s, int64_t n, T* largest, T* row_sum) {
+FASTNETS_INLINE T largest_of(const T* s, int64_t n) {
   Vec<T> top = load(s);
   for (int64_t c = kLanes<T>; c < n; c += kLanes<T>) top = maximum<T>(load(s + c), top);
-  const T block = reduce_max<T>(top), before = *largest, now = block > before ? block : before;
+  return reduce_max<T>(top);
+}
+
+// One row's scores, of which `block` is the largest, become weights relative to the running maximum; returns what the
+// former sums shrink by, in log2.
+template <class T, bool coarse = false>
+FASTNETS_INLINE T absorb(T* s, int64_t n, T block, T* largest, T* row_sum) {
+  const T before = *largest, now = block > before ? block : before;
   const T shift = now == kMinusInfinity<T> ? T(0) : now;  // nothing seen so far: every weight is 2^-inf = 0
   Vec<T> total{};
   for (int64_t c = 0; c < n; c += kLanes<T>) {
-    const Vec<T> e = exp2<T>(load(s + c) - shift);
+    const Vec<T> e = exp2<T, coarse>(load(s + c) - shift);
     store(s + c, e);
     total += e;
   }

@@ -117,7 +117,7 @@ struct Tile {
       T less = subtract[r], inverse = 1;
       if (whole(h)) {
         T largest = kMinusInfinity<T>, sum;
-        absorb<T>(s, n, &largest, &sum);
+        absorb<T>(s, n, largest_of<T>(s, n), &largest, &sum);
         inverse = sum == T(0) ? T(0) : T(1) / sum;
         Vec<T> dots{};
         for (int64_t c = 0; c < n; c += kLanes<T>) dots = fma<T>(load(s + c) * factors(c), load(grad + c), dots);

@@ -61,6 +61,8 @@ const Kernels& kernels() {
   static const Kernels avx512_kernels{FASTNETS_CPU_KERNELS(FASTNETS_AVX512)};
   static const Kernels bf16_kernels = [] {
     Kernels table = avx512_kernels;
+    table.recurrent_forward = avx512_bf16::recurrent_forward;
+    table.recurrent_backward = avx512_bf16::recurrent_backward;
     table.attention_forward = avx512_bf16::attention_forward;
     table.attention_weights = avx512_bf16::attention_weights;
     table.attention_backward = avx512_bf16::attention_backward;

@@ -18,16 +18,17 @@ constexpr int kTileVectors = 2;
 template <class T>
 constexpr int kTileCols = kTileVectors * kLanes<T>;
 
-// Depth of a block: long enough that reading and writing C is a few percent; a panel of B (48 KB with AVX-512) then
-// comes from the second-level cache, which the tile's 24 products a step leave time for.
-constexpr int64_t kBlockDepth = 384;
-// Rows and columns of a block: A's (240 x 384 floats = 360 KB) stays in the second-level cache.
-constexpr int64_t kBlockRows = kTileRows * 20;
+// Depth of a block: long enough that reading and writing C is a few percent (384: 5% slower); a panel of B (64 KB with
+// AVX-512) then comes from the second-level cache, which the tile's 24 products a step leave time for.
+constexpr int64_t kBlockDepth = 512;
+// Rows and columns of a block: A's (156 x 512 floats = 320 KB) stays in the second-level cache.
+constexpr int64_t kBlockRows = kTileRows * 13;
 constexpr int64_t kBlockCols = 1024;
 
 // A matrix in memory: element (i, j) is data[i * row + j * col].
 template <class S>
 struct View {
+  static constexpr bool kPairs = false;
   const S* data;
   int64_t row, col;
 
@@ -112,6 +113,19 @@ void pack_panel(const S* from, int64_t from_line, int64_t from_step, int lines, 
 // Packs the left operand a[m, k].
 template <class T, class S>
 void pack_rows(View<S> a, int64_t m, int64_t k, T* packed) {
+  if constexpr (std::is_same_v<S, T>) {
+    if (a.row == 1) {  // line by line, as it lies: panel by panel would read each line many times
+      const int64_t whole = m / kTileRows * kTileRows;
+      for (int64_t p = 0; p < k; ++p) {
+        const T* line = a.data + p * a.col;
+        T* to = packed + p * kTileRows;
+        for (int64_t i = 0; i < whole; i += kTileRows, to += kTileRows * k) {
+          std::memcpy(to, line + i, kTileRows * sizeof(T));
+        }
+      }
+      a = a.at(whole, 0), packed += whole * k, m -= whole;
+    }
+  }
   for (int64_t i = 0; i < m; i += kTileRows, packed += kTileRows * k) {
     const int lines = static_cast<int>(at_most(kTileRows, m - i));
     pack_panel<T, kTileRows>(a.data + i * a.row, a.row, a.col, lines, k, packed);
@@ -127,7 +141,60 @@ void pack_cols(View<S> b, int64_t k, int64_t n, T* packed) {
   }
 }
 
-template <class T, int kRows>
+// Operands of bfloat16 for products in pairs: `depth` elements, which at() and packing count in pairs, the last one's
+// second half zero where depth is odd. Of the left one element (i, k) is data[i * row + k * col], of the right one
+// (k, j) is data[k * row + j].
+struct PairedLeft {
+  static constexpr bool kPairs = true;
+  const BFloat16* data;
+  int64_t row, col, depth;
+
+  PairedLeft at(int64_t i, int64_t p) const { return {data + i * row + 2 * p * col, row, col, depth - 2 * p}; }
+};
+struct PairedRight {
+  static constexpr bool kPairs = true;
+  const BFloat16* data;
+  int64_t row, depth;
+
+  PairedRight at(int64_t p, int64_t j) const { return {data + 2 * p * row + j, row, depth - 2 * p}; }
+};
+
+// to[p * kWidth + line] = the pair from[2 p * step + line], from[(2 p + 1) * step + line]; p < k, zero past `lines`.
+template <int kWidth>
+void pack_pairs(const BFloat16* from, int64_t step, int lines, int64_t depth, int64_t k, float* to) {
+  for (int64_t p = 0; p < k; ++p, from += 2 * step, to += kWidth) {
+    uint32_t pairs[kWidth] = {};
+    const bool whole = 2 * p + 1 < depth;
+    if (whole && lines == kWidth) {
+      for (int line = 0; line < kWidth; ++line) pairs[line] = from[line].bits | uint32_t{from[step + line].bits} << 16;
+    } else {
+      for (int line = 0; line < lines; ++line) {
+        pairs[line] = from[line].bits | (whole ? uint32_t{from[step + line].bits} << 16 : 0);
+      }
+    }
+    std::memcpy(to, pairs, sizeof pairs);
+  }
+}
+template <class T>
+void pack_rows(PairedLeft a, int64_t m, int64_t k, T* packed) {
+  for (int64_t i = 0; i < m; i += kTileRows, packed += kTileRows * k) {
+    const int lines = static_cast<int>(at_most(kTileRows, m - i));
+    if (a.col == 1) {  // pairs as they lie; depth and row are even
+      pack_panel<T, kTileRows>(reinterpret_cast<const T*>(a.data + i * a.row), a.row / 2, 1, lines, k, packed);
+    } else {
+      pack_pairs<kTileRows>(a.data + i * a.row, a.col, lines, a.depth, k, packed);
+    }
+  }
+}
+template <class T>
+void pack_cols(PairedRight b, int64_t k, int64_t n, T* packed) {
+  for (int64_t j = 0; j < n; j += kTileCols<T>, packed += kTileCols<T> * k) {
+    const int lines = static_cast<int>(at_most(kTileCols<T>, n - j));
+    pack_pairs<kTileCols<T>>(b.data + j, b.row, lines, b.depth, k, packed);
+  }
+}
+
+template <class T, int kRows, bool kPairs>
 void tile_of(int64_t k, const T* __restrict a, const T* __restrict b, T* __restrict c, int64_t c_row, int cols,
              bool accumulate) {
   constexpr int lanes = kLanes<T>;
@@ -142,9 +209,9 @@ void tile_of(int64_t k, const T* __restrict a, const T* __restrict b, T* __restr
     }
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      const Vec<T> left = broadcast<T>(a[r]);
+      const T left = a[r];
 #pragma GCC unroll 8
-      for (int v = 0; v < kTileVectors; ++v) sums[r][v] = fma<T>(left, right[v], sums[r][v]);
+      for (int v = 0; v < kTileVectors; ++v) sums[r][v] = multiply_add<T, kPairs>(left, right[v], sums[r][v]);
     }
   }
 #pragma GCC unroll 16
@@ -163,26 +230,27 @@ void tile_of(int64_t k, const T* __restrict a, const T* __restrict b, T* __restr
 }
 
 // c[rows, cols] (+)= the product of one packed panel of A and one of B over depth k; rows <= kTileRows,
-// cols <= kTileCols.
-template <class T>
+// cols <= kTileCols. kPairs: of pairs, which k counts.
+template <class T, bool kPairs = false>
 FASTNETS_INLINE void tile(int rows, int cols, int64_t k, const T* a, const T* b, T* c, int64_t c_row, bool accumulate) {
-  with_count<kTileRows>(rows, [&](auto n) { tile_of<T, n.value>(k, a, b, c, c_row, cols, accumulate); });
+  with_count<kTileRows>(rows, [&](auto n) { tile_of<T, n.value, kPairs>(k, a, b, c, c_row, cols, accumulate); });
 }
 
 // c[m, n] (+)= packed A times packed B, both packed over the same depth k.
-template <class T>
+template <class T, bool kPairs = false>
 void multiply_packed(int64_t m, int64_t n, int64_t k, const T* a, const T* b, T* c, int64_t c_row, bool accumulate) {
   for (int64_t j = 0; j < n; j += kTileCols<T>) {
     for (int64_t i = 0; i < m; i += kTileRows) {
-      tile<T>(static_cast<int>(at_most(kTileRows, m - i)), static_cast<int>(at_most(kTileCols<T>, n - j)), k, a + i * k,
-              b + j * k, c + i * c_row + j, c_row, accumulate);
+      tile<T, kPairs>(static_cast<int>(at_most(kTileRows, m - i)), static_cast<int>(at_most(kTileCols<T>, n - j)), k,
+                      a + i * k, b + j * k, c + i * c_row + j, c_row, accumulate);
     }
   }
 }
 
-// c[m, n] (+)= a[m, k] b[k, n] on this thread. Uses the scratch slots kScratchSlots - 1 and - 2.
+// c[m, n] (+)= a[m, k] b[k, n] on this thread; Views, or paired operands. Uses the scratch slots kScratchSlots - 1 and
+// - 2.
 template <class T, class A, class B>
-void gemm_serial(int64_t m, int64_t n, int64_t k, View<A> a, View<B> b, T* c, int64_t c_row, bool accumulate) {
+void gemm_serial(int64_t m, int64_t n, int64_t k, A a, B b, T* c, int64_t c_row, bool accumulate) {
   if (k == 0 && !accumulate) {
     for (int64_t i = 0; i < m; ++i) std::memset(c + i * c_row, 0, n * sizeof(T));
   }
@@ -199,7 +267,8 @@ void gemm_serial(int64_t m, int64_t n, int64_t k, View<A> a, View<B> b, T* c, in
       for (int64_t i = 0; i < m; i += kBlockRows) {
         const int64_t rows = at_most(kBlockRows, m - i);
         pack_rows<T>(a.at(i, p), rows, deep, packed_a);
-        multiply_packed<T>(rows, cols, deep, packed_a, packed_b, c + i * c_row + j, c_row, accumulate || p > 0);
+        multiply_packed<T, A::kPairs>(rows, cols, deep, packed_a, packed_b, c + i * c_row + j, c_row,
+                                      accumulate || p > 0);
       }
     }
   }
@@ -207,7 +276,7 @@ void gemm_serial(int64_t m, int64_t n, int64_t k, View<A> a, View<B> b, T* c, in
 
 // c[m, n] (+)= a[m, k] b[k, n] on torch's threads, split along the longer side of c. Deterministic: k is never split.
 template <class T, class A, class B>
-void gemm(int64_t m, int64_t n, int64_t k, View<A> a, View<B> b, T* c, int64_t c_row, bool accumulate) {
+void gemm(int64_t m, int64_t n, int64_t k, A a, B b, T* c, int64_t c_row, bool accumulate) {
   if (m == 0 || n == 0) return;
   constexpr int64_t least_work = int64_t{1} << 18;  // multiply-adds worth waking a thread for
   const bool by_rows = m >= n;

@@ -211,8 +211,10 @@ FASTNETS_CPU_KERNELS(FASTNETS_DECLARE)
 namespace avx512 {
 FASTNETS_CPU_KERNELS(FASTNETS_DECLARE)
 }
-// AVX-512 with products of bfloat16: attention has kernels of its own there.
+// AVX-512 with products of bfloat16: these have kernels of their own there.
 namespace avx512_bf16 {
+void recurrent_forward(const RecurrentForward&);
+void recurrent_backward(const RecurrentBackward&);
 void attention_forward(const AttentionForward&);
 void attention_weights(const AttentionWeights&);
 void attention_backward(const AttentionBackward&);

@@ -1,16 +1,20 @@
-// A recurrent layer forwards: the product with x for many steps at once, then step by step the product with h, the
-// gates and the next state in one pass over the packed weights.
+// A recurrent layer forwards: step by step the products with x and h, the gates and the next state in one pass over the
+// packed weights; the product with x for many steps at once before, where a step has too few rows for it.
 
 #include "recurrent.h"
 
 namespace fastnets::FASTNETS_ISA {
 namespace {
 
+constexpr int64_t kLeastConverted = 1 << 15;  // elements worth waking a thread for
+
 template <class S>
 struct Forward {
   using T = Compute<S>;
   using Variant = LstmVariantCell<Simd<T>>;
   static constexpr int kWidth = kLanes<T>;
+  static constexpr bool kSame = std::is_same_v<S, T>;
+  static constexpr bool kMayPair = kHasPairs && std::is_same_v<S, BFloat16>;
 
   const RecurrentForward& p;
   const RecurrentShape& s = p.shape;
@@ -18,10 +22,11 @@ struct Forward {
   const GateLayout layout = gate_layout(s.cell, s.hidden, normed);
   const int64_t h_row = round_up(s.output, kWidth), c_row = round_up(s.hidden, kWidth);
   const int64_t chunk = chunk_steps(s);
-  const bool once = reads_weights_once(s);
+  const bool once = reads_weights_once(s), fused = fuses_input(s), pairs = multiplies_pairs();
   Rows rows{};
-  Panels<T> recurrent{}, projection{};
+  Panels<T> recurrent{}, projection{};  // with `fused`, first what belongs to x
   Options<T> options{s};
+  T* x_chunk;   // [chunk, B, I], with `fused`: x where its own type is another
   T* products;  // [B, G H], with `once`: those with h0
   T *bias, *h_now, *h_next, *c, *made, *unprojected, *gates_chunk;
 
@@ -29,8 +34,9 @@ struct Forward {
 
   void place(Arena& arena) {
     rows.place(s, arena);
-    recurrent.place(s.output, s.hidden, layout.gates, !once, arena);
+    recurrent.place(depth(fused ? s.input : 0) + depth(s.output), s.hidden, layout.gates, !once, arena);
     if (p.w_hr != nullptr) projection.place(s.hidden, s.output, 1, true, arena);
+    x_chunk = arena.take<T>(fused && !kSame && !pairs ? chunk * s.batch * s.input : 0);
     products = arena.take<T>(once ? s.batch * layout.recurrents : 0);
     bias = arena.take<T>(layout.columns + kWidth);
     h_now = arena.take<T>(s.batch * h_row);
@@ -39,8 +45,19 @@ struct Forward {
     made = arena.take<T>(normed ? s.batch * c_row : 0);
     options.place(arena);
     unprojected = arena.take<T>(p.w_hr == nullptr ? 0 : s.batch * c_row);
-    gates_chunk = arena.take<T>(saves_gates() ? 0 : chunk * s.batch * layout.columns);
+    gates_chunk = arena.take<T>(saves_gates() || fused ? 0 : chunk * s.batch * layout.columns);
   }
+  // Both operands of bfloat16 as they lie, h from y. (Reversed, a shorter sequence's first h is h0, but not in y.)
+  bool multiplies_pairs() const {
+    if (!kMayPair || !fuses_input(s)) return false;
+    uintptr_t places = 0;
+    for (const void* of : {p.x, p.h0, p.w_ih, p.w_hh, static_cast<const void*>(p.y)}) {
+      places |= reinterpret_cast<uintptr_t>(of);
+    }
+    return s.input % 2 == 0 && s.output % 2 == 0 && places % sizeof(T) == 0 && !(s.reverse && s.lengths != nullptr);
+  }
+  int64_t depth(int64_t columns) const { return pairs ? columns / 2 : columns; }
+  static const T* words_of(const S* of) { return reinterpret_cast<const T*>(of); }
   bool saves_gates() const { return p.gates != nullptr; }
 
   void run() {
@@ -55,9 +72,9 @@ struct Forward {
       multiply_transposed<T>(s.batch, layout.recurrents, s.output, static_cast<const S*>(p.h0), s.output,
                              static_cast<const S*>(p.w_hh), products, layout.recurrents, false);
     } else {
-      recurrent.pack_transposed(static_cast<const S*>(p.w_hh));
+      pack_recurrent();
     }
-    if (p.w_hr != nullptr) projection.pack_transposed(static_cast<const S*>(p.w_hr));
+    if (p.w_hr != nullptr) projection.pack_transposed(static_cast<const S*>(p.w_hr), s.hidden);
     options.template fill<S>();
     std::memset(bias, 0, (layout.columns + kWidth) * sizeof(T));
     if (p.b_ih != nullptr) {
@@ -89,6 +106,16 @@ struct Forward {
     }
   }
 
+  void pack_recurrent() {
+    if (pairs) {
+      recurrent.pack_transposed(static_cast<const T*>(p.w_ih), depth(s.input));
+      recurrent.pack_transposed(static_cast<const T*>(p.w_hh), depth(s.output), depth(s.input));
+    } else {
+      if (fused) recurrent.pack_transposed(static_cast<const S*>(p.w_ih), s.input);
+      recurrent.pack_transposed(static_cast<const S*>(p.w_hh), s.output, fused ? s.input : 0);
+    }
+  }
+
   // What a row that rests leaves behind.
   void clear(int64_t row) {
     std::memset(static_cast<S*>(p.y) + row * s.output, 0, s.output * sizeof(S));
@@ -103,7 +130,12 @@ struct Forward {
     const int64_t low = s.reverse ? rows.time(end - 1) : begin, count = (end - begin) * s.batch;
     T* gates = saves_gates() ? static_cast<T*>(p.gates) + low * s.batch * layout.columns : gates_chunk;
     const S* x = static_cast<const S*>(p.x) + low * s.batch * s.input;
-    for (int i = 0; i < layout.block_count; ++i) {
+    if (fused && !kSame && !pairs) {
+      parallel(count, kLeastConverted / (s.input + 1) + 1, [&](int64_t first, int64_t past) {
+        convert_row(x + first * s.input, (past - first) * s.input, x_chunk + first * s.input);
+      });
+    }
+    for (int i = 0; i < layout.block_count && !fused; ++i) {
       const InputBlock& block = layout.blocks[i];
       const S* w = static_cast<const S*>(p.w_ih) + block.weight * s.input;
       T* to = gates + block.gate;
@@ -137,31 +169,50 @@ struct Forward {
     run_cells(begin, end, low, gates, keep, rest);
   }
 
+  // What a step's weights are multiplied with; time t is the chunk's `place`-th.
+  Lefts<T> lefts(int64_t step, int64_t place, int64_t t) const {
+    const T* h = h_of(step);
+    if (!fused) return {{{h, h_row, s.output}}};
+    const T* x = x_chunk + place * s.batch * s.input;
+    if constexpr (kSame) x = static_cast<const T*>(p.x) + t * s.batch * s.input;
+    return {{{x, s.input, s.input}, {h, h_row, s.output}}};
+  }
+
+  Lefts<T> pairs_of(int64_t step, int64_t t) const {
+    const S *x = static_cast<const S*>(p.x), *y = static_cast<const S*>(p.y);
+    const S* h = step == 0 ? static_cast<const S*>(p.h0) : y + rows.time(step - 1) * s.batch * s.output;
+    const int64_t of_x = depth(s.input), of_h = depth(s.output);
+    return {{{words_of(x + t * s.batch * s.input), of_x, of_x}, {words_of(h), of_h, of_h}}};
+  }
+
   T* h_of(int64_t step) const { return step % 2 == 0 ? h_now : h_next; }
 
   // cell(step, t, row, unit, units, sums, the row's gates) does one vector of units; `more` follow within a step.
   template <class Cells, class... More>
   FASTNETS_INLINE void run_cells(int64_t begin, int64_t end, int64_t low, T* gates, const Cells& cell,
                                  const More&... more) {
-    const Stage cells{recurrent.count(), [&](int64_t step, int64_t row, int64_t past, int64_t panel, int64_t last) {
-                        const int64_t t = rows.time(step);
-                        const auto finish = [&](int64_t at, int64_t first, int64_t end_row, const T* sums) {
-                          const int64_t unit = at * recurrent.units_of_panel();
-                          const int vectors = recurrent.vectors(at) / recurrent.gates;
-                          for (int64_t b = first; b < end_row; ++b, sums += recurrent.vectors(at) * kWidth) {
-                            if (!rows.runs(t, b)) continue;
-                            T* row_gates = gates + ((t - low) * s.batch + b) * layout.columns;
-                            for (int v = 0; v < vectors; ++v) {
-                              const int64_t j = unit + v * kWidth;
-                              cell(step, t, b, j, static_cast<int>(at_most(kWidth, s.hidden - j)), sums + v * kWidth,
-                                   row_gates + j);
-                            }
-                          }
-                        };
-                        past = at_most(past, rows.running_at(t));
-                        if (once) return visit_products(recurrent, products, row, past, panel, last, finish);
-                        multiply_panels(recurrent, h_of(step), h_row, row, past, panel, last, finish);
-                      }};
+    const Stage cells{
+        recurrent.count(), [&](int64_t step, int64_t row, int64_t past, int64_t panel, int64_t last) {
+          const int64_t t = rows.time(step);
+          const auto finish = [&](int64_t at, int64_t first, int64_t end_row, const T* sums) {
+            const int64_t unit = at * recurrent.units_of_panel();
+            const int vectors = recurrent.vectors(at) / recurrent.gates;
+            for (int64_t b = first; b < end_row; ++b, sums += recurrent.vectors(at) * kWidth) {
+              if (!rows.runs(t, b)) continue;
+              T* row_gates = gates + ((t - low) * s.batch + b) * layout.columns;
+              for (int v = 0; v < vectors; ++v) {
+                const int64_t j = unit + v * kWidth;
+                cell(step, t, b, j, static_cast<int>(at_most(kWidth, s.hidden - j)), sums + v * kWidth, row_gates + j);
+              }
+            }
+          };
+          past = at_most(past, rows.running_at(t));
+          if (once) return visit_products(recurrent, products, row, past, panel, last, finish);
+          if (pairs) {
+            return multiply_panels<kMayPair>(recurrent, pairs_of(step, t), row, past, panel, last, finish);
+          }
+          multiply_panels(recurrent, lefts(step, t - low, t), row, past, panel, last, finish);
+        }};
     const int64_t weights = recurrent.depth * layout.recurrents;
     if (p.w_hr == nullptr) return run_steps(begin, end, s.batch, weights, cells, more...);
     const Stage project{projection.count(), [&](int64_t step, int64_t row, int64_t past, int64_t panel, int64_t last) {
@@ -176,8 +227,9 @@ struct Forward {
                               }
                             }
                           };
-                          multiply_panels(projection, unprojected, c_row, row, at_most(past, rows.running_at(t)), panel,
-                                          last, finish);
+                          const Lefts<T> whole{{{unprojected, c_row, s.hidden}}};
+                          multiply_panels(projection, whole, row, at_most(past, rows.running_at(t)), panel, last,
+                                          finish);
                         }};
     run_steps(begin, end, s.batch, weights + s.hidden * s.output, cells, more..., project);
   }
@@ -192,7 +244,8 @@ struct Forward {
   FASTNETS_INLINE void lstm(int64_t step, int64_t t, int64_t b, int64_t j, int n, const T* sums, T* gates) {
     Vec<T> g[4];
     for (int q = 0; q < 4; ++q) {
-      g[q] = load_lanes(gates + q * s.hidden, n) + load(sums + q * kWidth) + load(bias + q * s.hidden + j);
+      g[q] = load(sums + q * kWidth) + load(bias + q * s.hidden + j);
+      if (!fused) g[q] += load_lanes(gates + q * s.hidden, n);
     }
     T* state = c + b * c_row + j;
     Vec<T> cell = load(state);
@@ -223,7 +276,8 @@ struct Forward {
     const LstmOptions<Vec<T>> with = options.at(t * s.batch + b, j, n);
     Vec<T> g[4];
     for (int q = 0; q < 4; ++q) {
-      g[q] = load_lanes(gates + q * s.hidden, n) + load(sums + q * kWidth) + load(bias + q * s.hidden + j);
+      g[q] = load(sums + q * kWidth) + load(bias + q * s.hidden + j);
+      if (!fused) g[q] += load_lanes(gates + q * s.hidden, n);
     }
     const Vec<T> now = Variant::forward(g, load(c + b * c_row + j), with);
     finish_variant(step, t, b, j, n, now, Variant::output(g, now, now, with), with);
@@ -287,7 +341,9 @@ struct Forward {
 
   template <class RnnCell>
   FASTNETS_INLINE void rnn(int64_t step, int64_t t, int64_t b, int64_t j, int n, const T* sums, T* gates) {
-    emit(step, t, b, j, n, RnnCell::forward(load_lanes(gates, n) + load(sums) + load(bias + j)));
+    Vec<T> gate = load(sums) + load(bias + j);
+    if (!fused) gate += load_lanes(gates, n);
+    emit(step, t, b, j, n, RnnCell::forward(gate));
   }
 };
 

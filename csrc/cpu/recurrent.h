@@ -13,6 +13,12 @@ namespace fastnets::FASTNETS_ISA {
 constexpr int64_t kChunkRows = 1024;
 // A single step of a few rows uses its weights once: packing them would cost more than it gains.
 inline bool reads_weights_once(const RecurrentShape& s) { return s.steps == 1 && s.batch <= kFewRows; }
+// With enough rows the weights of the step's own product with x are worth reading every step: one product less to pack,
+// store and load. (Told by the batch alone: a row's result is not to depend on the threads.)
+inline bool fuses_input(const RecurrentShape& s) {
+  constexpr int64_t enough = 6;
+  return s.cell != Cell::kGru && s.variant.norm == nullptr && s.batch >= enough;
+}
 inline int64_t chunk_steps(const RecurrentShape& s) { return at_most(s.steps, kChunkRows / (s.batch + 1) + 1); }
 
 template <class T>
@@ -233,24 +239,34 @@ struct Panels {
   }
   T* at(int64_t panel) const { return data + panel * depth * gates * units_of_panel(); }
 
-  // From w[gates x units, depth], a weight as torch lays it out: panel[p][g][j] = w[g * units + j][p].
+  // From w[gates x units, deep], a weight as torch lays it out: panel[begin + p][g][j] = w[g * units + j][p].
   template <class S>
-  void pack_transposed(const S* w) {
+  void pack_transposed(const S* w, int64_t deep, int64_t begin = 0) {
     for (int64_t i = 0; i < count(); ++i) {
       const int64_t first = i * units_of_panel();
       const int stride = vectors(i) * kLanes<T>, width = stride / gates;
       const int lines = static_cast<int>(at_most(width, units - first));
       for (int g = 0; g < gates; ++g) {
-        const S* from = w + (g * units + first) * depth;
-        T* to = at(i) + g * width;
+        const S* from = w + (g * units + first) * deep;
+        T* to = at(i) + begin * stride + g * width;
         int line = 0;
-        for (; line + 4 <= lines; line += 4) pack_quad(from + line * depth, depth, depth, to + line, stride);
+        for (; line + 4 <= lines; line += 4) pack_quad(from + line * deep, deep, deep, to + line, stride);
         for (; line < width; ++line) {
-          for (int64_t p = 0; p < depth; ++p) {
-            to[p * stride + line] = line < lines ? T(to_float(from[line * depth + p])) : T(0);
+          for (int64_t p = 0; p < deep; ++p) {
+            to[p * stride + line] = line < lines ? T(to_float(from[line * deep + p])) : T(0);
           }
         }
       }
+    }
+  }
+  // From w[2 depth, units] of one gate, for products in pairs.
+  void pack_paired(const BFloat16* w) {
+    for (int64_t i = 0; i < count(); ++i) {
+      const int64_t first = i * units_of_panel();
+      const int lines = static_cast<int>(at_most(units_of_panel(), units - first));
+      with_count<kMaxVectors>(vectors(i), [&](auto n) {
+        pack_pairs<n.value * kLanes<T>>(w + first, units, lines, 2 * depth, depth, at(i));
+      });
     }
   }
   // From w[depth, units] of one gate.
@@ -269,23 +285,44 @@ struct Panels {
   }
 };
 
-// sums[row][vector] = a[row, :] times one panel.
-template <class T, int kRows, int kVectors>
-void panel_product(int64_t depth, const T* __restrict a, int64_t a_row, const T* __restrict w, T* __restrict out) {
-  Vec<T> sums[kRows][kVectors] = {};
-  for (int64_t p = 0; p < depth; ++p, w += kVectors * kLanes<T>) {
-    Vec<T> right[kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      right[v] = load(w + v * kLanes<T>);
-      // One or two rows are bound by reading the weights: ahead of what the hardware fetches by itself.
-      if constexpr (kRows <= 2) __builtin_prefetch(w + (8 * kVectors + v) * kLanes<T>);
+// Left operands side by side, whose depths make up a panel's: x and h, or one matrix alone. Of depth 0 both: zeros.
+template <class T>
+struct Lefts {
+  struct {
+    const T* data;
+    int64_t row, depth;
+  } of[2];
+
+  Lefts from(int64_t r) const {
+    Lefts at = *this;
+    for (auto& left : at.of) {
+      if (left.depth > 0) left.data += r * left.row;
     }
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const Vec<T> left = broadcast<T>(a[r * a_row + p]);
+    return at;
+  }
+};
+
+// sums[row][vector] = left operands times one panel; of pairs, depths count them.
+template <class T, bool kPairs, int kRows, int kVectors>
+void panel_product(const Lefts<T>& lefts, const T* __restrict w, T* __restrict out) {
+  Vec<T> sums[kRows][kVectors] = {};
+  for (const auto& left : lefts.of) {
+    const T* a = left.data;
+    const int64_t row = left.row, depth = left.depth;
+    for (int64_t p = 0; p < depth; ++p, ++a, w += kVectors * kLanes<T>) {
+      Vec<T> right[kVectors];
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sums[r][v] = fma<T>(left, right[v], sums[r][v]);
+      for (int v = 0; v < kVectors; ++v) {
+        right[v] = load(w + v * kLanes<T>);
+        // One or two rows are bound by reading the weights: ahead of what the hardware fetches by itself.
+        if constexpr (kRows <= 2) __builtin_prefetch(w + (8 * kVectors + v) * kLanes<T>);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const T one = a[r * row];
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sums[r][v] = multiply_add<T, kPairs>(one, right[v], sums[r][v]);
+      }
     }
   }
 #pragma GCC unroll 8
@@ -295,15 +332,15 @@ void panel_product(int64_t depth, const T* __restrict a, int64_t a_row, const T*
   }
 }
 
-template <class T, int kVectors>
-void panel_product_rows(int rows, int64_t depth, const T* a, int64_t a_row, const T* w, T* out) {
-  with_count<max_rows(kVectors)>(rows, [&](auto n) { panel_product<T, n.value, kVectors>(depth, a, a_row, w, out); });
+template <class T, bool kPairs, int kVectors>
+void panel_product_rows(int rows, const Lefts<T>& lefts, const T* w, T* out) {
+  with_count<max_rows(kVectors)>(rows, [&](auto n) { panel_product<T, kPairs, n.value, kVectors>(lefts, w, out); });
 }
 
-// Rows [row_begin, row_end) of a times panels [panel_begin, panel_end): finish(panel, first row, past row, sums) is
-// called with each tile's sums, [rows][vectors of the panel]. Without a (null) the sums are zero.
-template <class T, class Finish>
-FASTNETS_INLINE void multiply_panels(const Panels<T>& w, const T* a, int64_t a_row, int64_t row_begin, int64_t row_end,
+// Rows [row_begin, row_end) of the left operands times panels [panel_begin, panel_end): finish(panel, first row, past
+// row, sums) is called with each tile's sums, [rows][vectors of the panel].
+template <bool kPairs = false, class T, class Finish>
+FASTNETS_INLINE void multiply_panels(const Panels<T>& w, const Lefts<T>& lefts, int64_t row_begin, int64_t row_end,
                                      int64_t panel_begin, int64_t panel_end, const Finish& finish) {
   alignas(kVectorBytes) T sums[kMaxTile * kLanes<T>];
   const int64_t rows = row_end - row_begin;
@@ -314,16 +351,12 @@ FASTNETS_INLINE void multiply_panels(const Panels<T>& w, const T* a, int64_t a_r
     for (int64_t i = 0; i < tiles; ++i) {
       const int64_t first = row_begin + rows * i / tiles, past = row_begin + rows * (i + 1) / tiles;
       const int count = static_cast<int>(past - first);
-      if (a == nullptr) {
-        std::memset(sums, 0, sizeof sums);
-      } else {
-        const T* left = a + first * a_row;
-        switch (vectors) {
-          case 1: panel_product_rows<T, 1>(count, w.depth, left, a_row, w.at(panel), sums); break;
-          case 2: panel_product_rows<T, 2>(count, w.depth, left, a_row, w.at(panel), sums); break;
-          case 3: panel_product_rows<T, 3>(count, w.depth, left, a_row, w.at(panel), sums); break;
-          default: panel_product_rows<T, 4>(count, w.depth, left, a_row, w.at(panel), sums); break;
-        }
+      const Lefts<T> tile = lefts.from(first);
+      switch (vectors) {
+        case 1: panel_product_rows<T, kPairs, 1>(count, tile, w.at(panel), sums); break;
+        case 2: panel_product_rows<T, kPairs, 2>(count, tile, w.at(panel), sums); break;
+        case 3: panel_product_rows<T, kPairs, 3>(count, tile, w.at(panel), sums); break;
+        default: panel_product_rows<T, kPairs, 4>(count, tile, w.at(panel), sums); break;
       }
       finish(panel, first, past, sums);
     }

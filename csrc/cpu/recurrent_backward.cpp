@@ -13,6 +13,7 @@ struct Backward {
   using Variant = LstmVariantCell<Simd<T>>;
   static constexpr int kWidth = kLanes<T>;
   static constexpr bool kSame = std::is_same_v<S, T>;
+  static constexpr bool kMayPair = kHasPairs && std::is_same_v<S, BFloat16>;
 
   const RecurrentBackward& p;
   const RecurrentShape& s = p.shape;
@@ -22,19 +23,22 @@ struct Backward {
   const int64_t h_row = round_up(s.output, kWidth), c_row = round_up(s.hidden, kWidth);
   const int64_t chunk = chunk_steps(s);
   const bool once = reads_weights_once(s);
+  // Products in pairs, of the gates' gradients rounded to bfloat16.
+  const bool pairs = kMayPair && !once && !s.is_variant && !projects && s.lengths == nullptr && s.hidden % 2 == 0;
   Rows rows{};
   Panels<T> recurrent{}, projection{};
   Options<T> options{s};
-  T* carried;      // [B, h_row]: the gradient of h that reaches the next step to come other than through its gates
-  T* grad_c;       // [B, c_row]
-  T* c0;           // [B, H]
-  T* grad_gates;   // [chunk, B, columns]
-  T* edge;         // [B, columns]: the former chunk's last step
-  T* at_start;     // [B, columns]: every sequence's first step, whose h_before is h0
-  T* grad_h;       // [chunk, B, P], with a projection
-  T* unprojected;  // [chunk, B, H], likewise
-  T* products;     // [B, P], with `once`: of the gates' gradients with w_hh
-  T* bias;         // [columns]
+  T* carried;     // [B, h_row]: the gradient of h that reaches the next step to come other than through its gates
+  T* grad_c;      // [B, c_row]
+  T* c0;          // [B, H]
+  T* grad_gates;  // [chunk, B, columns]
+  T* edge;        // [B, columns]: the former chunk's last step
+  S *rounded, *rounded_edge;  // as grad_gates and edge, with `pairs`
+  T* at_start;                // [B, columns]: every sequence's first step, whose h_before is h0
+  T* grad_h;                  // [chunk, B, P], with a projection
+  T* unprojected;             // [chunk, B, H], likewise
+  T* products;                // [B, P], with `once`: of the gates' gradients with w_hh
+  T* bias;                    // [columns]
   // Of a variant: the new cell states, what they are normalised to, the gradient of what tanh saw of them, [chunk, B,
   // H] each; a row's gradient of h and of its new state [B, c_row]; sums [3 H] and [10 H].
   T *made, *normalised, *grad_seen, *grad_out, *grad_made, *sum_peephole, *sum_norm;
@@ -47,7 +51,7 @@ struct Backward {
   void place(Arena& arena) {
     const int64_t most = chunk * s.batch;
     rows.place(s, arena);
-    recurrent.place(layout.recurrents, s.output, 1, !once, arena);
+    recurrent.place(pairs ? layout.recurrents / 2 : layout.recurrents, s.output, 1, !once, arena);
     if (projects) projection.place(s.output, s.hidden, 1, true, arena);
     carried = arena.take<T>(s.batch * h_row);
     const bool lstm = s.cell == Cell::kLstm;
@@ -55,6 +59,8 @@ struct Backward {
     c0 = arena.take<T>(lstm ? s.batch * s.hidden : 0);
     grad_gates = arena.take<T>(most * layout.columns);
     edge = arena.take<T>(s.batch * layout.columns);
+    rounded = arena.take<S>(pairs ? most * layout.columns : 0);
+    rounded_edge = arena.take<S>(pairs ? s.batch * layout.columns : 0);
     at_start = arena.take<T>(s.batch * layout.columns);
     grad_h = arena.take<T>(projects ? most * s.output : 0);
     unprojected = arena.take<T>(projects ? most * s.hidden : 0);
@@ -90,7 +96,10 @@ struct Backward {
   }
 
   void prepare() {
-    if (!once) recurrent.pack(static_cast<const S*>(p.w_hh));
+    if constexpr (kMayPair) {
+      if (pairs) recurrent.pack_paired(static_cast<const S*>(p.w_hh));
+    }
+    if (!once && !pairs) recurrent.pack(static_cast<const S*>(p.w_hh));
     if (projects) projection.pack(static_cast<const S*>(p.w_hr));
     options.template fill<S>();
     load_state(p.grad_h, s.output, carried, h_row);
@@ -142,10 +151,14 @@ struct Backward {
     if (p.grad_x != nullptr) grad_of_x(low, high);
     if (wants_weights) grad_of_weights(low, high, begin > 0);
     copy_gates(edge, gates_of(time(end - 1), 0, low), s.batch);
+    if (pairs) std::memcpy(rounded_edge, rounded_of(time(end - 1), 0, low), s.batch * layout.columns * sizeof(S));
   }
 
   T* gates_of(int64_t t, int64_t b, int64_t low) const {
     return grad_gates + ((t - low) * s.batch + b) * layout.columns;
+  }
+  S* rounded_of(int64_t t, int64_t b, int64_t low) const {
+    return rounded + ((t - low) * s.batch + b) * layout.columns;
   }
   void copy_gates(T* to, const T* from, int64_t count) const {
     std::memcpy(to, from, count * layout.columns * sizeof(T));
@@ -164,10 +177,22 @@ struct Backward {
     }
   }
 
-  // The gradients of w_hh's gates of the step before (in the order of this pass), or null at the first.
-  const T* former_gates(int64_t done, int64_t begin, int64_t low) const {
-    if (done == 0) return nullptr;
-    return (done == begin ? edge : gates_of(time(done - 1), 0, low)) + layout.recurrent;
+  // The gradients of w_hh's gates of the step before (in the order of this pass); nothing at the first.
+  Lefts<T> former_gates(int64_t done, int64_t begin, int64_t low) const {
+    if (done == 0) return {};
+    if (pairs) return of_pairs(done == begin ? rounded_edge : rounded_of(time(done - 1), 0, low));
+    return of_gates(done == begin ? edge : gates_of(time(done - 1), 0, low));
+  }
+  Lefts<T> of_pairs(const S* grad) const {
+    return {{{reinterpret_cast<const T*>(grad + layout.recurrent), layout.columns / 2, layout.recurrents / 2}}};
+  }
+  Lefts<T> of_gates(const T* grad) const { return {{{grad + layout.recurrent, layout.columns, layout.recurrents}}}; }
+
+  template <class Finish>
+  FASTNETS_INLINE void multiply_recurrent(const Lefts<T>& grad, int64_t row, int64_t past, int64_t panel, int64_t last,
+                                          const Finish& finish) const {
+    if (pairs) return multiply_panels<kMayPair>(recurrent, grad, row, past, panel, last, finish);
+    multiply_panels(recurrent, grad, row, past, panel, last, finish);
   }
 
   void run_variant(int64_t begin, int64_t end, int64_t low) {
@@ -216,11 +241,12 @@ struct Backward {
                   store_lanes(grad_h + ((t - low) * s.batch + b) * s.output + j, grad, n);
                 } else {
                   cell(t, low, b, j, n, grad, gates_of(t, b, low) + j);
+                  if (pairs) round_gates(gates_of(t, b, low) + j, rounded_of(t, b, low) + j, n);
                 }
               }
             }
           };
-          multiply_panels(recurrent, former_gates(done, begin, low), layout.columns, row, past, panel, last, finish);
+          multiply_recurrent(former_gates(done, begin, low), row, past, panel, last, finish);
         }};
     const int64_t weights = recurrent.depth * recurrent.units;
     if (!projects) return run_steps(begin, end, s.batch, weights, carry, more...);
@@ -236,10 +262,14 @@ struct Backward {
                             }
                           }
                         };
-                        const T* grad = grad_h + (t - low) * s.batch * s.output;
-                        multiply_panels(projection, grad, s.output, row, past, panel, last, finish);
+                        const Lefts<T> grad{{{grad_h + (t - low) * s.batch * s.output, s.output, s.output}}};
+                        multiply_panels(projection, grad, row, past, panel, last, finish);
                       }};
     run_steps(begin, end, s.batch, weights + s.hidden * s.output, carry, gates, more...);
+  }
+
+  FASTNETS_INLINE void round_gates(const T* from, S* to, int n) const {
+    for (int64_t q = 0; q < layout.columns; q += s.hidden) store_lanes(to + q, load_lanes(from + q, n), n);
   }
 
   const T* saved_gates(int64_t t, int64_t b) const {
@@ -356,6 +386,13 @@ struct Backward {
       const InputBlock& block = layout.blocks[i];
       const S* w = static_cast<const S*>(p.w_ih) + block.weight * s.input;
       const T* grad = grad_gates + block.gate;
+      if constexpr (kMayPair) {
+        if (pairs) {
+          gemm<T>(count, s.input, block.count / 2, PairedLeft{rounded + block.gate, layout.columns, 1, block.count},
+                  PairedRight{w, s.input, block.count}, to, s.input, i > 0);
+          continue;
+        }
+      }
       if (once) {
         multiply_plain<T>(count, s.input, block.count, grad, layout.columns, w, to, s.input, i > 0);
       } else {
@@ -368,19 +405,18 @@ struct Backward {
 
   void grad_of_weights(int64_t low, int64_t high, bool accumulate) {
     const int64_t count = (high - low) * s.batch;
-    const View<S> x{static_cast<const S*>(p.x) + low * s.batch * s.input, s.input, 1};
     for (int i = 0; i < layout.block_count; ++i) {
       const InputBlock& block = layout.blocks[i];
-      gemm<T>(block.count, s.input, count, View<T>{grad_gates + block.gate, 1, layout.columns}, x,
-              grad_w_ih + block.weight * s.input, s.input, accumulate);
+      grad_of_weight(0, block.gate, block.count, count, static_cast<const S*>(p.x) + low * s.batch * s.input, s.input,
+                     grad_w_ih + block.weight * s.input, accumulate);
     }
     // The h of the step before; the first steps, whose h is h0, come at the end. (Reversed, y is zero behind the end of
     // a shorter sequence, so that its first step adds nothing here.)
     const int64_t from = s.reverse ? low : low > 0 ? low : 1, to = s.reverse ? at_most(high, s.steps - 1) : high;
     if (from < to) {
-      const View<S> h{static_cast<const S*>(p.y) + (s.reverse ? from + 1 : from - 1) * s.batch * s.output, s.output, 1};
-      const View<T> grad{gates_of(from, 0, low) + layout.recurrent, 1, layout.columns};
-      gemm<T>(layout.recurrents, s.output, (to - from) * s.batch, grad, h, grad_w_hh, s.output, has_grad_w_hh);
+      const S* h = static_cast<const S*>(p.y) + (s.reverse ? from + 1 : from - 1) * s.batch * s.output;
+      grad_of_weight((from - low) * s.batch, layout.recurrent, layout.recurrents, (to - from) * s.batch, h, s.output,
+                     grad_w_hh, has_grad_w_hh);
       has_grad_w_hh = true;
     }
     if (projects) {
@@ -391,6 +427,21 @@ struct Backward {
     add_rows(count, biases, bias, [&](int64_t row, int64_t j, int n) { return of_gate(row, j, n); });
     if (options.peephole != nullptr) grad_of_peephole(low, count);
     if (normed) grad_of_norm(low, count);
+  }
+
+  // grad[gates, columns] (+)= the gradients of `gates` gates from column `gate` on, of the chunk's `count` rows from
+  // `first` on, times what they were multiplied with: of[count, columns].
+  void grad_of_weight(int64_t first, int64_t gate, int64_t gates, int64_t count, const S* of, int64_t columns, T* grad,
+                      bool accumulate) {
+    const int64_t at = first * layout.columns + gate;
+    if constexpr (kMayPair) {
+      if (pairs) {
+        return gemm<T>(gates, columns, (count + 1) / 2, PairedLeft{rounded + at, 1, layout.columns, count},
+                       PairedRight{of, columns, count}, grad, columns, accumulate);
+      }
+    }
+    gemm<T>(gates, columns, count, View<T>{grad_gates + at, 1, layout.columns}, View<S>{of, columns, 1}, grad, columns,
+            accumulate);
   }
 
   FASTNETS_INLINE Vec<T> of_gate(int64_t row, int64_t column, int n) const {
@@ -463,13 +514,13 @@ struct Backward {
         }
       }
     };
-    const T* grad = s.steps > 0 ? edge + layout.recurrent : nullptr;
     if (once) {
-      multiply_plain<T>(s.batch, s.output, layout.recurrents, grad, layout.columns, static_cast<const S*>(p.w_hh),
-                        products, s.output, false);
+      multiply_plain<T>(s.batch, s.output, layout.recurrents, edge + layout.recurrent, layout.columns,
+                        static_cast<const S*>(p.w_hh), products, s.output, false);
       visit_products(recurrent, products, 0, s.batch, 0, recurrent.count(), finish);
     } else {
-      multiply_panels(recurrent, grad, layout.columns, 0, s.batch, 0, recurrent.count(), finish);
+      const Lefts<T> grad = s.steps == 0 ? Lefts<T>{} : pairs ? of_pairs(rounded_edge) : of_gates(edge);
+      multiply_recurrent(grad, 0, s.batch, 0, recurrent.count(), finish);
     }
     if (s.cell != Cell::kLstm) return;
     for (int64_t b = 0; b < s.batch; ++b) {

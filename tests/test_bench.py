@@ -1,12 +1,15 @@
 """The measuring core and the report."""
 
+import io
+import math
 import time
 
 import pytest
 import torch
+from rich.console import Console
 
 from fastnets import testing
-from fastnets.bench import measure, report
+from fastnets.bench import growth, measure, report
 from fastnets.bench.rivals import RIVALS, missing
 from fastnets.bench.rows import OURS, THEIRS, Row, operator_rows
 
@@ -114,3 +117,31 @@ def test_both_rivals_of_a_row_do_the_same(mode):
     assert len(ours) == len(theirs) > 0
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def _points(name: str, *costs: tuple[int, float]) -> list[growth.Point]:
+    return [growth.Point("attention", name, "forward", "L", size, cost, int(1000 * cost)) for size, cost in costs]
+
+
+def test_order_of_growth_is_that_of_the_upper_half():
+    quadratic = _points("full", (1, 7.0), (2, 7.0), (4, 1.6), (8, 6.4))  # small sizes cost what they cost
+    assert growth.order(quadratic, lambda p: p.seconds) == pytest.approx(2.0)
+    assert growth.order(quadratic, lambda p: p.memory) == pytest.approx(2.0)
+    assert math.isnan(growth.order(quadratic[:1], lambda p: p.seconds))
+    assert math.isnan(growth.order(quadratic, lambda p: None))
+
+
+@pytest.mark.parametrize("mode", ["forward", "training"])
+@pytest.mark.parametrize("series", growth.SERIES, ids=lambda series: series.name)
+def test_growth_is_measured_of_every_curve(series, mode):
+    point = growth.measured(series, mode, series.sizes[0] // 16)
+    assert point.seconds > 0
+    assert point.size == series.sizes[0] // 16
+
+
+def test_growth_is_reported():
+    points = _points("full", (1, 1.0), (2, 4.0), (4, 16.0), (8, 64.0))
+    shown = io.StringIO()
+    Console(file=shown, width=132).print(growth.table(points))
+    assert "L^2.00" in shown.getvalue()
+    assert "4.00" in shown.getvalue()

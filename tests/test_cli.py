@@ -203,6 +203,8 @@ def test_bench_interrupted_prints_what_was_measured(capsys, monkeypatch):
         (["verify", "--backend", "gpu"], "expected one of reference, cpu"),
         (["verify", "--op", "softmax", "--match", "no such case"], "no case of the operator table"),
         (["bench", "--op", "softmax", "--match", "no such case"], "no row of the benchmark"),
+        (["bench", "--growth", "--op", "softmax"], "no curve is left"),
+        (["bench", "--growth", "--csv", "growth.csv"], "has no --csv"),
     ],
 )
 def test_mistakes_in_one_line(capsys, arguments, message):

@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .. import testing
-from ..bench import environment, measure, report
+from ..bench import environment, growth, measure, report
 from ..bench.rivals import RIVALS, missing
-from ..bench.rows import NETWORK, Row, network_rows, operator_rows
+from ..bench.rows import MODES, NETWORK, Row, network_rows, operator_rows
 from ..networks import MissingPackageError
 from . import INTERRUPTED, UsageError, verify
 from ._common import add_selection, console, output_file, selects, write
@@ -37,6 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=_positive, metavar="N", help="threads for both sides (default: torch's own)")
     parser.add_argument(
         "--seconds", type=_positive, metavar="S", help=f"time to measure for, all rows together (default {_SECONDS})"
+    )
+    parser.add_argument(
+        "--growth",
+        action="store_true",
+        help=f"instead, how time and memory grow with the length ({', '.join(growth.FAMILIES)}), of fastnets alone",
     )
     parser.add_argument("--quick", action="store_true", help=f"measure for {_QUICK_SECONDS} seconds only")
     parser.add_argument("--skip-verify", action="store_true", help="do not check first; the report says so")
@@ -66,10 +71,12 @@ def run(args: argparse.Namespace) -> int:
     for rival in args.rival:
         if (advice := missing(rival)) is not None:
             raise UsageError(f"--rival {rival} needs packages that are not here: {advice}")
-    rows = _rows(args)
+    rows = [] if args.growth else _rows(args)
     out, progress = console(), console(stderr=True)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    if args.growth:
+        return _growth(args, out, progress)
     if not args.skip_verify and not _verified(args, out, progress):
         out.print("not benchmarked: the figures of a wrong result mean nothing")
         return 1
@@ -98,6 +105,36 @@ def run(args: argparse.Namespace) -> int:
     return INTERRUPTED if interrupted else 0
 
 
+def _growth(args: argparse.Namespace, out: Console, progress_on: Console) -> int:
+    """Measures how cost grows, and prints and writes it."""
+    if args.csv is not None:
+        raise UsageError("--growth has no --csv: take --json")
+    curves = [
+        (series, mode)
+        for series in growth.SERIES
+        for mode in MODES
+        if series.family in (args.op or growth.FAMILIES) and selects(args, series.name, torch.float32)
+    ]
+    if not curves:
+        raise UsageError(f"--growth knows {', '.join(growth.FAMILIES)} in float32: no curve is left by these options")
+    setting, points = environment.record(), []
+    with measure.freed_memory_kept(), _progress(progress_on) as progress:
+        task = progress.add_task("", total=sum(len(series.sizes) for series, _ in curves))
+        for series, mode in curves:
+            for size in series.sizes:
+                progress.update(task, description=f"{series.family} {series.name} {mode} {series.symbol} {size}")
+                points.append(growth.measured(series, mode, size))
+                progress.advance(task)
+    _print_heading(setting, out)
+    out.print(growth.table(points))
+    out.print("times: the fastest call; in bold: by which power of the size they grow, over a curve's upper half")
+    if args.json is not None:
+        write(args.json, json.dumps(growth.as_json(points, setting), indent=1) + "\n")
+    if args.plot is not None:
+        growth.plot(points, setting, args.plot)
+    return 0
+
+
 def _rows(args: argparse.Namespace) -> list[Row]:
     asked = args.op or FAMILIES
     families = [family for family in asked if family != NETWORK]
@@ -121,6 +158,11 @@ def _verified(args: argparse.Namespace, out: Console, progress: Console) -> bool
     return True
 
 
+def _progress(shown_on: Console) -> Progress:
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    return Progress(*columns, console=shown_on, transient=True)
+
+
 def measured(
     rows: list[Row], seconds: float, limits: measure.Limits, progress_on: Console, left_out: dict[str, str]
 ) -> Iterator[report.Measurement]:
@@ -128,9 +170,8 @@ def measured(
 
     A network that needs a package that is not here goes into `left_out`, with the reason.
     """
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     end = time.perf_counter() + seconds
-    with measure.freed_memory_kept(), Progress(*columns, console=progress_on, transient=True) as progress:
+    with measure.freed_memory_kept(), _progress(progress_on) as progress:
         task = progress.add_task("", total=len(rows))
         for i, row in enumerate(rows):
             progress.update(task, description=row.title)
@@ -146,7 +187,7 @@ def measured(
             progress.advance(task)
 
 
-def _print(found: list[report.Measurement], setting: dict[str, Any], out: Console) -> None:
+def _print_heading(setting: dict[str, Any], out: Console) -> None:
     machine, versions = setting["machine"], setting["versions"]
     load = setting["load_average"][0]
     out.print(
@@ -157,9 +198,13 @@ def _print(found: list[report.Measurement], setting: dict[str, Any], out: Consol
     )
     if load > machine["cores"]:
         out.print("the machine is busy: times are longer than they would be, ratios less certain")
+    out.print()
+
+
+def _print(found: list[report.Measurement], setting: dict[str, Any], out: Console) -> None:
+    _print_heading(setting, out)
     if not setting["verified"]:
         out.print("NOT VERIFIED: run without --skip-verify before you quote a figure")
-    out.print()
     out.print(report.table(found))
     out.print("times: median (20th-80th percentile); rates and peak memory of one call: fastnets / torch")
     flops, size = setting["limits"]["flops"], setting["limits"]["bytes"]

@@ -18,7 +18,7 @@ __device__ __forceinline__ int bits_of(int n) { return 32 - __clz(n - 1); }
 template <int V, class T>
 __device__ __forceinline__ void write_rows(const T* tile, int pitch, int height, int width, int given, T* to,
                                            const auto& place_of) {
-  const int bits = bits_of(width / V), x = (threadIdx.x & (1 << bits) - 1) * V;
+  const int bits = bits_of(width / V), x = (threadIdx.x & ((1 << bits) - 1)) * V;
   if (x >= width) return;
   for (int y = threadIdx.x >> bits; y < height; y += kThreads >> bits) {
     Vector<T, V> values;

@@ -198,7 +198,8 @@ def test_functional_call(sample: Sample):
     stock, layer, args, kwargs = sample.draw()
     other = {name: torch.rand_like(p) for name, p in stock.named_parameters()}
     got = torch.func.functional_call(layer, other, args, kwargs)
-    assert_close(flatten(got), flatten(torch.func.functional_call(stock, other, args, kwargs)))
+    expected = flatten(torch.func.functional_call(stock, other, args, kwargs))
+    assert_close(flatten(got), expected, rtol=1e-5, atol=1e-4)  # sums of many terms of one sign, in another order
 
 
 @pytest.mark.parametrize("sample", FIRST_SAMPLES)

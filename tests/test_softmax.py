@@ -124,3 +124,16 @@ def test_transforms_of_torch_func():
         lambda f: torch.func.jacrev(torch.func.grad(f)),
     ):
         torch.testing.assert_close(transform(ours)(x, mask), transform(stock)(x, mask))
+
+
+@pytest.mark.parametrize("columns", [16, 37, 1001])
+def test_results_past_the_caches(columns):
+    """Results of more than 4 MiB are streamed, from the first aligned vector of each row."""
+    x = torch.randn((6 << 20) // 4 // columns, columns, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    with fastnets.backend("cpu"):
+        y = softmax(x, -1)
+        found = torch.autograd.grad(y, x, grad)
+    stock = torch.softmax(x, -1)
+    torch.testing.assert_close(y, stock)
+    torch.testing.assert_close(found, torch.autograd.grad(stock, x, grad), rtol=1e-5, atol=1e-6)

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import gc
 import math
 import re
@@ -24,6 +25,8 @@ _COPIED = 256 << 20
 """Bytes of the copy that gives the bandwidth."""
 _ROUNDS = 2_000_000
 """Of multiply-adds: some milliseconds."""
+_LIMIT_SECONDS = 0.3
+"""How long each limit of the machine is measured for."""
 _FEWEST = 3
 """Samples of every rival, however long one takes."""
 
@@ -69,15 +72,11 @@ class Limits:
     def measured(cls) -> "Limits":
         source = torch.ones(_COPIED // 4)
         target = torch.empty_like(source)
-        copy = min(_repeat(lambda: target.copy_(source), 1) for _ in range(5))
+        copied = 2 * _COPIED / fastest(lambda: target.copy_(source), _LIMIT_SECONDS)
         if _library.missing is not None:
-            return cls(None, 2 * _COPIED / copy)
-        pairs = [(torch.ops.fastnets.cpu_multiply_adds(_ROUNDS), 0.0)]  # the first wakes the threads
-        for _ in range(9):
-            start = time.perf_counter()
-            count = torch.ops.fastnets.cpu_multiply_adds(_ROUNDS)
-            pairs.append((count, time.perf_counter() - start))
-        return cls(max(2 * count / seconds for count, seconds in pairs[1:]), 2 * _COPIED / copy)
+            return cls(None, copied)
+        multiply_adds = functools.partial(torch.ops.fastnets.cpu_multiply_adds, _ROUNDS)
+        return cls(2 * multiply_adds() / fastest(multiply_adds, _LIMIT_SECONDS), copied)
 
     def share(self, flops: float, size: float, seconds: float) -> float | None:
         """Of the limit that a call comes closer to: its FLOPs or its bytes over what the machine does in that time."""

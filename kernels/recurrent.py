@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import layer_norm
 
 from ..reference.recurrent import CELLS, NORM_EPSILON
-from ._launch import launch, precision, processors
+from ._launch import architecture, launch, precision, processors
 from .recurrent_cells import (
     GRU,
     LSTM,
@@ -302,7 +302,8 @@ def matmul_kernel(
 def matmul(a: Tensor, b: Tensor, tf32: bool, dtype, bias=None, other=None, biased: int = 0) -> Tensor:
     """a [M, K] @ b [K, N] + biases, summed in float32; b in the type that tl.dot multiplies in."""
     (rows, depth), columns = a.shape, b.size(1)
-    tile = {"M": 64, "N": 64, "K": 32 if b.element_size() == 2 else 16, "num_warps": 4, "num_stages": 3}
+    warps = 8 if architecture(b) == 10 else 4  # 4 would hold the sums twice there, in tensor memory and in registers
+    tile = {"M": 64, "N": 64, "K": 32 if b.element_size() == 2 else 16, "num_warps": warps, "num_stages": 3}
     multiplies = precision(b.dtype, tf32)
 
     def run(tile: dict) -> Tensor:
@@ -329,7 +330,9 @@ def times(steps: int, reverse: bool) -> range:
 
 def step_tile(width: int, like: Tensor) -> dict[str, int]:
     """The tile of a step's products."""
-    return {"M": ROWS, "N": min(32, width_of(width)), "K": 32 if like.element_size() == 2 else 16, "num_warps": 4}
+    stages = 2 if architecture(like) == 10 else 3  # 3 spill there
+    depth = 32 if like.element_size() == 2 else 16
+    return {"M": ROWS, "N": min(32, width_of(width)), "K": depth, "num_warps": 4, "num_stages": stages}
 
 
 def row_warps(width: int) -> int:
@@ -337,14 +340,18 @@ def row_warps(width: int) -> int:
     return 4 if width <= 1024 else 8 if width <= 4096 else 16
 
 
-def persistent_tile(hidden: int, outputs: int, options: Options) -> dict[str, int] | None:
+def persistent_tile(hidden: int, outputs: int, options: Options, like: Tensor) -> dict[str, int] | None:
     """The tile of a program that holds the whole state, or None where it does not fit."""
-    widest = width_of(max(hidden, outputs))
-    if widest > _PERSISTENT[options.varies]:
+    least = 32 if options.varies else 16  # the options' 4 warps of 16 units would spill
+    h, p = max(width_of(hidden), least), max(width_of(outputs), least)
+    most = _PERSISTENT[options.varies]
+    if like.dtype == torch.float32:  # each product is three, whose parts stay in registers from step to step
+        most = 0 if options.norm is not None else most // 2 if architecture(like) >= 10 else most
+    if max(h, p) > most:
         return None
-    warps = max(4, widest // (4 if options.varies else 8))
+    warps = max(h, p) // (4 if options.varies else 8)
     # Copies ahead of the steps would fill shared memory.
-    return {"M": ROWS, "H": width_of(hidden), "P": width_of(outputs), "num_warps": warps, "num_stages": 1}
+    return {"M": ROWS, "H": h, "P": p, "num_warps": max(4, warps), "num_stages": 1}
 
 
 def multiply(a: Tensor, weight: Tensor, result: Tensor, depth: int, w_k: int, w_n: int, tf32: bool, add: bool) -> None:
@@ -387,7 +394,7 @@ def recurrent_forward(
     shared = {"hidden": hidden, "batch": batch, "lengths_ptr": lengths, "peephole_ptr": options.peephole}
     shared |= {"zoneout_h": options.zoneout_h, **options.rates}
     of_cell = {"CELL": cell, "VARIANT": options.varies, "PRECISION": precision(x.dtype, tf32)}
-    if (tile := persistent_tile(hidden, outputs, options)) is not None:
+    if (tile := persistent_tile(hidden, outputs, options, x)) is not None:
         launch(
             recurrent_persistent_kernel, (triton.cdiv(batch, ROWS),), x,
             inputs, h0, c0, w_hh, b_n, w_hr, y_ptr=y, h_ptr=h, c_ptr=c if cell == _LSTM else None,

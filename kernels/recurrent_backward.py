@@ -403,7 +403,7 @@ def recurrent_backward(
     }
     shared = {"CELL": cell, "VARIANT": options.varies, "PRECISION": precision(kind, tf32)}
     if steps and batch:
-        if (tile := persistent_tile(hidden, outputs, options)) is not None:
+        if (tile := persistent_tile(hidden, outputs, options, x)) is not None:
             launch(
                 recurrent_backward_persistent_kernel, (triton.cdiv(batch, ROWS),), x,
                 w_hh_ptr=w_hh, w_hr_ptr=w_hr, norm_ptr=options.norm, steps=steps, outputs=outputs, REVERSE=reverse,

@@ -69,12 +69,11 @@ def workloads() -> Iterator[Workload]:
             yield Workload("conv", of, lambda d=dtype, c=channels: _conv(d, c, c, 1))
         yield Workload("conv", f"{name} 3x224x224", lambda dtype=dtype: _conv(dtype, 3, 64, 1, 224))
         yield Workload("conv", f"{name} depthwise 128x56x56", lambda dtype=dtype: _conv(dtype, 128, 128, 128))
-        for wide in (False, True):
-            hidden = 256 if wide else 64
+        for hidden in (32, 64, 256):
             for cell in range(4):
                 of = f"{name} {('lstm', 'gru', 'tanh', 'relu')[cell]} H{hidden}"
                 yield Workload("recurrent", of, lambda d=dtype, c=cell, h=hidden: _recurrent(d, c, h))
-            hidden = 256 if wide else 32
+        for hidden in (16, 32, 256):
             for normed in (False, True):
                 of = f"{name} lstm with {'layer norm' if normed else 'options'} H{hidden}"
                 yield Workload("recurrent", of, lambda d=dtype, h=hidden, n=normed: _recurrent(d, 0, h, n))
@@ -127,7 +126,7 @@ def _recurrent(dtype: torch.dtype, cell: int, hidden: int, normed: bool | None =
     def empty(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=kind)
 
-    rows, outputs = (4, 3, 1, 1)[cell] * hidden, 64 if cell == 0 and normed is None else hidden
+    rows, outputs = (4, 3, 1, 1)[cell] * hidden, min(hidden, 64) if cell == 0 and normed is None else hidden
     x, h, c = empty(2, 64, hidden), empty(64, outputs), empty(64, hidden) if cell == 0 else None
     w_ih, w_hh, bias = empty(rows, hidden), empty(rows, outputs), empty(rows)
     w_hr = empty(outputs, hidden) if outputs != hidden else None

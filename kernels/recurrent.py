@@ -17,6 +17,7 @@ from .recurrent_cells import (
     LSTM,
     ROWS,
     Options,
+    add_part,
     cell_forward,
     gate_products,
     load_f32,
@@ -281,13 +282,19 @@ def matmul_kernel(
     begin = part * each
     kind = b_ptr.dtype.element_ty
     acc = tl.zeros((M, N), tl.float32)
+    lost = acc
     for start in range(begin, tl.minimum(begin + each, depth), K):
         k = start + tl.arange(0, K)
         a = tl.load(a_ptr + m[:, None] * a_m + (k * a_k)[None, :], mask=(m < rows)[:, None] & (k < depth)[None, :],
                     other=0.0)  # fmt: skip
         b = tl.load(b_ptr + (k * b_k)[:, None] + (n * b_n)[None, :], mask=(k < depth)[:, None] & (n < columns)[None, :],
                     other=0.0)  # fmt: skip
-        acc = tl.dot(a.to(kind), b, acc, input_precision=PRECISION)
+        if PRECISION == "tf32x3":
+            acc, lost = add_part(acc, lost, tl.dot(a.to(kind), b, input_precision=PRECISION))
+        else:
+            acc = tl.dot(a.to(kind), b, acc, input_precision=PRECISION)
+    if PRECISION == "tf32x3":
+        acc += lost
     if bias_ptr is not None:
         acc += load_f32(bias_ptr, n, n < columns)[None, :]
     if other_bias_ptr is not None:
@@ -302,7 +309,7 @@ def matmul_kernel(
 def matmul(a: Tensor, b: Tensor, tf32: bool, dtype, bias=None, other=None, biased: int = 0) -> Tensor:
     """a [M, K] @ b [K, N] + biases, summed in float32; b in the type that tl.dot multiplies in."""
     (rows, depth), columns = a.shape, b.size(1)
-    warps = 8 if architecture(b) == 10 else 4  # 4 would hold the sums twice there, in tensor memory and in registers
+    warps = 8 if architecture(b) >= 10 else 4  # 4 spill there
     tile = {"M": 64, "N": 64, "K": 32 if b.element_size() == 2 else 16, "num_warps": warps, "num_stages": 3}
     multiplies = precision(b.dtype, tf32)
 

@@ -78,16 +78,28 @@ def gate_products(a, weight_ptr, gate, n, n_size, k, k_size, n_stride, PRECISION
 
 
 @triton.jit
+def add_part(total, lost, part):
+    """Adds to a long sum, and to `lost` what its rounding takes (Dekker, Numerische Mathematik 18, 1971)."""
+    grown = total + part
+    return grown, lost + (part - (grown - total))
+
+
+@triton.jit
 def sum_products(a_ptr, weight_ptr, row, rows, n, n_size, depth, n_stride, k_stride, PRECISION: tl.constexpr,
                  K: tl.constexpr):  # fmt: skip
     """Rows of a [rows, depth] times a weight's [depth, n]."""
     acc = tl.zeros((row.shape[0], n.shape[0]), tl.float32)
+    lost = acc
     for start in range(0, depth, K):
         k = start + tl.arange(0, K)
         inside = (row < rows)[:, None] & (k < depth)[None, :]
         a = tl.load(a_ptr + row.to(tl.int64)[:, None] * depth + k[None, :], mask=inside, other=0.0)
-        acc += product(a, weight_ptr, n, n_size, k, depth, n_stride, k_stride, PRECISION)
-    return acc
+        part = product(a, weight_ptr, n, n_size, k, depth, n_stride, k_stride, PRECISION)
+        if PRECISION == "tf32x3":
+            acc, lost = add_part(acc, lost, part)
+        else:
+            acc += part
+    return acc + lost if PRECISION == "tf32x3" else acc
 
 
 # ---- cells ---------------------------------------------------------------------------------------------------------

@@ -117,8 +117,35 @@ void compute(const Phase& phase, const Block& block, int64_t image, int64_t grou
   }
 }
 
+// Images of one plane are planes of one image, of which a block may take several: the batch becomes the first axis.
+bool one_plane(const Phase& phase) {
+  const Axis& axis = phase.axes[0];
+  return axis.taps == 1 && axis.count == 1 && axis.extent == 1 && axis.offset == 0 && axis.first == 0;
+}
+struct Folded {
+  ConvGather p;
+  int64_t sizes[3];
+
+  explicit Folded(const Phase& phase)
+      : p(phase.p), sizes{phase.p.shape.batch, phase.result_sizes[1], phase.result_sizes[2]} {
+    p.shape.batch = 1;
+  }
+  Phase operator()(const Phase& of) const {
+    Phase phase{p, {of.axes[0], of.axes[1], of.axes[2]}, of.source_channels, of.channels, of.source_stride,
+                of.result_stride, of.group_stride, sizes, of.source, of.result};
+    phase.axes[0].count = phase.axes[0].extent = sizes[0];
+    phase.axes[0].pull = phase.axes[0].step = 1;
+    const int64_t groups = p.shape.groups;
+    phase.source.at[0] = groups * of.source_channels * of.axes[1].extent * of.axes[2].extent;
+    phase.result.at[0] = groups * of.channels * sizes[1] * sizes[2];
+    return phase;
+  }
+};
+
 template <class T, class S>
-void gather_blocks(const Phase& phase) {
+void gather_blocks(const Phase& whole) {
+  const Folded folded(whole);
+  const Phase phase = one_plane(whole) ? folded(whole) : whole;
   const ConvShape& shape = phase.p.shape;
   const int64_t panels = panel_count<T>(phase.channels);
   const int64_t packed_size = panels * kTileCols<T> * phase.depth();
@@ -126,7 +153,7 @@ void gather_blocks(const Phase& phase) {
   for (int64_t g = 0; g < shape.groups; ++g) {
     pack_weight<T>(phase, static_cast<const S*>(phase.p.weight) + g * phase.group_stride, packed + g * packed_size);
   }
-  const Cut cut = choose_cut<T>(phase.axes, phase.source_channels, shape.batch * shape.groups, kBlockPixels);
+  const Cut cut = choose_cut<T>(phase.axes, phase.source_channels, shape.batch * shape.groups, kBlockPixels, one_plane(whole));
   const int64_t blocks = shape.batch * shape.groups * cut.count();
   // Few blocks: the panels are shared out too, at the price of staging a block more than once.
   int64_t shares = 1;

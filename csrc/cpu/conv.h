@@ -210,22 +210,27 @@ inline Cut cut_into(const Axis* axes, int64_t channels, const int64_t (&sizes)[3
   return cut;
 }
 
-// Blocks of up to `pixels` results: whole rows where their staged source fits the second-level cache, one plane deep;
-// smaller ones where `outer` times as many would not feed every thread.
+// Blocks of up to `pixels` results: whole rows, and with `deep` whole planes, where their staged source fits the
+// second-level cache; smaller ones where `outer` times as many would not feed every thread.
 template <class T>
-Cut choose_cut(const Axis* axes, int64_t channels, int64_t outer, int64_t pixels) {
-  const auto staged = [&](int64_t h, int64_t w) {
-    const Block block{{staged_axis(axes[0], 0, 1), staged_axis(axes[1], 0, h), staged_axis(axes[2], 0, w)}, channels};
-    return block.elements() * static_cast<int64_t>(sizeof(T));
+Cut choose_cut(const Axis* axes, int64_t channels, int64_t outer, int64_t pixels, bool deep) {
+  const auto fits = [&](int64_t d, int64_t h, int64_t w) {
+    const Block block{{staged_axis(axes[0], 0, d), staged_axis(axes[1], 0, h), staged_axis(axes[2], 0, w)}, channels};
+    return d * h * w <= pixels && block.elements() * static_cast<int64_t>(sizeof(T)) <= kStageBytes;
   };
   int64_t sizes[3] = {1, 1, at_most(axes[2].count, pixels)};
   auto& [d, h, w] = sizes;
-  while (w > 2 * kTileRows && staged(1, w) > kStageBytes) w = (w + 1) / 2;
+  while (w > 2 * kTileRows && !fits(1, 1, w)) w = (w + 1) / 2;
   if (w == axes[2].count) {
-    while (h < axes[1].count && (h + 1) * w <= pixels && staged(h + 1, w) <= kStageBytes) ++h;
+    while (h < axes[1].count && fits(1, h + 1, w)) ++h;
+  }
+  if (deep && h == axes[1].count) {
+    while (d < axes[0].count && fits(d + 1, h, w)) ++d;
   }
   const int64_t threads = thread_count(), wanted = threads > 1 ? 3 * threads : 1;
-  while (h > 1 && (h - 1) * w >= kTileRows && outer * cut_into(axes, channels, sizes).count() < wanted) --h;
+  const auto few = [&] { return outer * cut_into(axes, channels, sizes).count() < wanted; };
+  while (d > 1 && (d - 1) * h * w >= kTileRows && few()) --d;
+  while (h > 1 && (h - 1) * w >= kTileRows && few()) --h;
   return cut_into(axes, channels, sizes);
 }
 
@@ -404,6 +409,9 @@ bool winograd_grad_weight(const ConvGradWeight& p, const Axis (&axes)[3]);
 // The gather with pixels as lanes, where that pays.
 bool planes_pay(const Phase& phase);
 void planes_gather(const Phase& phase);
+
+// The weight's gradient with pixels as lanes; false where that does not pay.
+bool planes_grad_weight(const ConvGradWeight& p, const Axis (&axes)[3]);
 
 // The gather where every result channel takes one source channel: with `passes` = 1 channel k takes k / repeat, else
 // channel c the sum of c * passes, c * passes + 1, ...

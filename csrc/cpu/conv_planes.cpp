@@ -47,18 +47,25 @@ struct PlanesTile {
       }
     }
     const int64_t channel = finish.phase.result.channel;
-    if (plain && channels == kRows && pixels[0].lanes == kLanes<T> && pixels[1].lanes == kLanes<T>) {
+    if (plain) {
       S* to = static_cast<S*>(p.result) + first * channel;
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r, to += channel) {
-        if constexpr (std::is_same_v<S, T>) {
-          if (stream) {
-            fastnets::FASTNETS_ISA::stream(to + pixels[0].to, sum[r][0]);
-            fastnets::FASTNETS_ISA::stream(to + pixels[1].to, sum[r][1]);
+        if (r >= channels) break;
+#pragma GCC unroll 2
+        for (int v = 0; v < kPixelVectors; ++v) {
+          if (pixels[v].lanes < kLanes<T>) {
+            store_partial<S>(to + pixels[v].to, sum[r][v], pixels[v].lanes);
             continue;
           }
+          if constexpr (std::is_same_v<S, T>) {
+            if (stream) {
+              fastnets::FASTNETS_ISA::stream(to + pixels[v].to, sum[r][v]);
+              continue;
+            }
+          }
+          store(to + pixels[v].to, sum[r][v]);
         }
-        store(to + pixels[0].to, sum[r][0]), store(to + pixels[1].to, sum[r][1]);
       }
       return;
     }

@@ -23,18 +23,20 @@ struct Problem {
   int64_t blocks() const { return p.shape.batch * cut.count(); }
 };
 
-// to[kRows][kVectors] += over h x w pixels, the elements a[0 .. kRows) times the gradient b[pixel][kVectors].
+// to[kRows][kVectors] += over h x w pixels, the elements a[0 .. kRows) times the gradient b[h][pixel][kVectors], whose
+// rows are b_h apart.
 template <class T, int kRows, int kVectors>
-void tile_of(int64_t height, int64_t width, const T* a, int64_t a_h, int64_t a_w, const T* b, int rows, T* to) {
+void tile_of(int64_t height, int64_t width, const T* a, int64_t a_h, int64_t a_w, const T* b, int64_t b_h, int rows,
+             T* to) {
   constexpr int lanes = kLanes<T>;
   Vec<T> sum[kRows][kVectors] = {};
-  for (int64_t h = 0; h < height; ++h, a += a_h) {
-    const T* at = a;
-    for (int64_t w = 0; w < width; ++w, at += a_w, b += kVectors * lanes) {
+  for (int64_t h = 0; h < height; ++h, a += a_h, b += b_h) {
+    const T *at = a, *line = b;
+    for (int64_t w = 0; w < width; ++w, at += a_w, line += kVectors * lanes) {
       Vec<T> right[kVectors];
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
-        right[v] = load(b + v * lanes);
+        right[v] = load(line + v * lanes);
         asm("" : "+v"(right[v]));  // stays in a register
       }
 #pragma GCC unroll 16
@@ -57,10 +59,12 @@ void tile_of(int64_t height, int64_t width, const T* a, int64_t a_h, int64_t a_w
 }
 
 template <class T, int kVectors>
-void tile(int rows, int64_t height, int64_t width, const T* a, int64_t a_h, int64_t a_w, const T* b, T* to) {
+void tile(int rows, int64_t height, int64_t width, const T* a, int64_t a_h, int64_t a_w, const T* b, int64_t b_h,
+          T* to) {
   // Elements past `rows` are read (the stage is longer) and dropped.
-  with_count<kTileRows, 2>((rows + 1) / 2 * 2,
-                           [&](auto n) { tile_of<T, n.value, kVectors>(height, width, a, a_h, a_w, b, rows, to); });
+  with_count<kTileRows, 2>((rows + 1) / 2 * 2, [&](auto n) {
+    tile_of<T, n.value, kVectors>(height, width, a, a_h, a_w, b, b_h, rows, to);
+  });
 }
 
 // Adds one block's products to sums [panels of the share][depth][columns].
@@ -84,7 +88,21 @@ void accumulate(const Problem& problem, int64_t image, const Block& block, int64
     const int64_t first = panel * kTileCols<T>;
     const int vectors = panel_vectors<T>(s.out_channels, first);
     const int columns = static_cast<int>(at_most(vectors * kLanes<T>, s.out_channels - first));
-    if (vectors == kTileVectors) {
+    // One panel of channels last lies as it would be staged.
+    const bool in_place =
+        std::is_same_v<S, T> && columns == vectors * kLanes<T> && columns == s.groups * s.out_channels &&
+        s.channels_last;
+    const T* read = staged_grad;
+    int64_t line = width * vectors * kLanes<T>;
+    if constexpr (std::is_same_v<S, T>) {
+      if (in_place) {
+        line = problem.grad.at[1];
+        read = grad + block.axes[0].begin * problem.grad.at[0] + block.axes[1].begin * line +
+               block.axes[2].begin * problem.grad.at[2];
+      }
+    }
+    if (in_place) {
+    } else if (vectors == kTileVectors) {
       stage_grad<T, kTileVectors>(grad + first * problem.grad.channel, problem.grad, block, columns, staged_grad);
     } else {
       stage_grad<T, 1>(grad + first * problem.grad.channel, problem.grad, block, columns, staged_grad);
@@ -95,9 +113,9 @@ void accumulate(const Problem& problem, int64_t image, const Block& block, int64
         const int rows = static_cast<int>(at_most(kTileRows, run->length - e));
         const T* a = staged + run->offset + e;
         if (vectors == kTileVectors) {
-          tile<T, kTileVectors>(rows, height, width, a, a_h, a_w, staged_grad, to);
+          tile<T, kTileVectors>(rows, height, width, a, a_h, a_w, read, line, to);
         } else {
-          tile<T, 1>(rows, height, width, a, a_h, a_w, staged_grad, to);
+          tile<T, 1>(rows, height, width, a, a_h, a_w, read, line, to);
         }
         to += rows * vectors * kLanes<T>;
       }
@@ -133,7 +151,7 @@ void grad_weight(Problem& problem) {
   const int64_t panels = panel_count<T>(s.out_channels), threads = thread_count();
   const int64_t group_size = panels * kTileCols<T> * problem.depth, size = s.groups * group_size;
   const bool empty = s.batch * s.out[0] * s.out[1] * s.out[2] == 0;
-  if (!empty) problem.cut = choose_cut<T>(problem.axes, s.in_channels, s.batch * s.groups, kBlockPixels);
+  if (!empty) problem.cut = choose_cut<T>(problem.axes, s.in_channels, s.batch * s.groups, kBlockPixels, false);
   // Enough pieces for the threads: by panels where there are many, else by blocks, as far as memory for sums goes.
   problem.chunks = problem.shares = 1;
   if (!empty && s.groups < threads) {
@@ -184,7 +202,7 @@ void conv_grad_weight(const ConvGradWeight& p) {
                   s.kernel[0] * s.kernel[1] * s.kernel[2] * s.in_channels,
                   1,
                   1};
-  if (winograd_grad_weight(p, problem.axes)) return;
+  if (winograd_grad_weight(p, problem.axes) || planes_grad_weight(p, problem.axes)) return;
   with_storage(s.dtype, [&](auto kind) { grad_weight<Compute<decltype(kind)>, decltype(kind)>(problem); });
 }
 

@@ -242,7 +242,7 @@ bool winograd_fits(const ConvShape& s, const Axis* axes) {
   if (s.in_channels < kLeastChannels || s.out_channels < kLeastChannels) return false;
   const Strips strips{axes, s.batch, 0, kBlockTiles};
   return strips.tiles() >= kLeastTiles &&
-         3 * strips.rows * strips.columns * kPoints < 2 * axes[1].count * axes[2].count * kTaps * kTaps;
+         2 * strips.rows * strips.columns * kPoints < axes[1].count * axes[2].count * kTaps * kTaps;
 }
 
 bool winograd_pays(const Phase& phase) { return winograd_fits(phase.p.shape, phase.axes); }

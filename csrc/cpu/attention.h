@@ -421,31 +421,40 @@ struct Scoring {
   // What dropout multiplies the weights of query i and keys j0 ... j0 + 64 with; j0 is a multiple of 64. As
   // fastnets/reference/attention.py: the block of random numbers of lane l serves keys l, l + 16, l + 32 and l + 48.
   void keep(const Head& h, int64_t i, int64_t j0, T* factors) const {
-    constexpr int lanes = 16;
-    uint32_t a[lanes], b[lanes], c[lanes], d[lanes];
-    for (int l = 0; l < lanes; ++l) {
-      a[l] = static_cast<uint32_t>(j0 / kKeys * lanes + l);
-      b[l] = static_cast<uint32_t>(i);
-      c[l] = static_cast<uint32_t>(h.head);
-      d[l] = static_cast<uint32_t>(h.batch);
+    constexpr int lanes = 16, each = kVectorBytes / 8, vectors = lanes / each;
+    // Words of 32 bits in lanes of 64, which their products fill.
+    typedef uint64_t Words __attribute__((vector_size(kVectorBytes)));
+    typedef uint32_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+    Words a[vectors], b[vectors], c[vectors], d[vectors];
+    for (int v = 0; v < vectors; ++v) {
+      for (int l = 0; l < each; ++l) a[v][l] = static_cast<uint32_t>(j0 / kKeys * lanes + v * each + l);
+      b[v] = Words{} + static_cast<uint32_t>(i);
+      c[v] = Words{} + static_cast<uint32_t>(h.head);
+      d[v] = Words{} + static_cast<uint32_t>(h.batch);
     }
     uint32_t key[2] = {static_cast<uint32_t>(p.seed[0]), static_cast<uint32_t>(p.seed[1])};
     for (int round = 0; round < 10; ++round) {
-      for (int l = 0; l < lanes; ++l) {
-        const uint64_t from_a = uint64_t{a[l]} * 0xD2511F53u, from_c = uint64_t{c[l]} * 0xCD9E8D57u;
-        a[l] = static_cast<uint32_t>(from_c >> 32) ^ b[l] ^ key[0];
-        c[l] = static_cast<uint32_t>(from_a >> 32) ^ d[l] ^ key[1];
-        b[l] = static_cast<uint32_t>(from_c);
-        d[l] = static_cast<uint32_t>(from_a);
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; ++v) {
+        const Words from_a = a[v] * 0xD2511F53u, from_c = c[v] * 0xCD9E8D57u;
+        a[v] = (from_c >> 32) ^ b[v] ^ key[0];
+        c[v] = (from_a >> 32) ^ d[v] ^ key[1];
+        b[v] = from_c & 0xFFFFFFFFu;
+        d[v] = from_a & 0xFFFFFFFFu;
       }
       key[0] += 0x9E3779B9u;
       key[1] += 0xBB67AE85u;
     }
     const uint32_t threshold = static_cast<uint32_t>(__builtin_rint(p.dropout * 0x1p24));
     const T factor = p.dropout == 1.0 ? T(0) : T(1.0 / (1.0 - p.dropout));
-    const uint32_t* words[4] = {a, b, c, d};
+    const Words* words[4] = {a, b, c, d};
     for (int w = 0; w < 4; ++w) {
-      for (int l = 0; l < lanes; ++l) factors[w * lanes + l] = words[w][l] >> 8 >= threshold ? factor : T(0);
+      uint32_t drawn[lanes];
+      for (int v = 0; v < vectors; ++v) {
+        const Halves halves = __builtin_convertvector(words[w][v], Halves);
+        std::memcpy(drawn + v * each, &halves, sizeof halves);
+      }
+      for (int l = 0; l < lanes; ++l) factors[w * lanes + l] = drawn[l] >> 8 >= threshold ? factor : T(0);
     }
   }
 

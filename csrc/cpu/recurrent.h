@@ -398,14 +398,19 @@ Stage(int64_t, Run) -> Stage<Run>;
 // hidden units. `weights`: elements read a step. A row's result does not depend on how many threads there are.
 template <class... Stages>
 void run_steps(int64_t begin, int64_t end, int64_t batch, int64_t weights, const Stages&... stages) {
-  constexpr int64_t least_work = int64_t{1} << 18;  // multiply-adds worth waking a thread for
+  constexpr int64_t least_work = int64_t{1} << 18;    // multiply-adds worth waking a thread for
+  constexpr int64_t least_shared = int64_t{1} << 16;  // worth a meeting of threads that are awake
+  constexpr int64_t count = sizeof...(stages);
   const int64_t threads = thread_count();
-  if (threads > 1 && batch < 2 * threads && weights >= least_work) {
-    const auto shared = [](const auto& stage, int64_t step, int64_t rows, int64_t count) {
-      parallel(stage.panels, (stage.panels + count - 1) / count,
-               [&](int64_t first, int64_t past) { stage.run(step, 0, rows, first, past); });
-    };
-    for (int64_t step = begin; step < end; ++step) (shared(stages, step, batch, threads), ...);
+  if (threads > 1 && batch < 2 * threads && weights >= least_shared && (end - begin) * weights >= least_work) {
+    in_phases((end - begin) * count, threads, [&](int64_t phase, int64_t piece) {
+      int64_t i = 0;
+      const auto share = [&](const auto& stage) {
+        if (i++ != phase % count) return;
+        stage.run(begin + phase / count, 0, batch, stage.panels * piece / threads, stage.panels * (piece + 1) / threads);
+      };
+      (share(stages), ...);
+    });
     return;
   }
   const int64_t share = (batch + threads - 1) / threads, least = least_work / ((end - begin) * weights + 1) + 1;

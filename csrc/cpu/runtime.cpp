@@ -1,10 +1,12 @@
 #include "runtime.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <atomic>
 #include <cstdlib>
+#include <memory>
 #include <new>
 
 namespace fastnets {
@@ -25,7 +27,71 @@ struct ScratchSlots {
   }
 };
 
+// Tells the processor that this is a wait.
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// A piece of every phase.
+struct alignas(64) Piece {  // a cache line each
+  std::atomic<int64_t> begun{0};   // phases of it that a thread has taken
+  std::atomic<bool> absent{false};  // its thread did not come for it last time
+};
+
+struct Phases {
+  static constexpr int kPatience = 1000, kYields = 4000;  // turns of a wait, of some ten nanoseconds
+
+  int64_t phases, count;
+  void (*run)(void*, int64_t, int64_t);
+  void* context;
+  std::unique_ptr<Piece[]> pieces{new Piece[static_cast<size_t>(count)]};
+  alignas(64) std::atomic<int64_t> done{0};  // pieces
+  std::atomic<bool> failed{false};
+
+  bool take(int64_t phase, int64_t piece) {
+    if (pieces[piece].begun.load(std::memory_order_relaxed) != phase) return false;
+    if (!pieces[piece].begun.compare_exchange_strong(phase, phase + 1, std::memory_order_relaxed)) return false;
+    try {
+      run(context, phase, piece);
+    } catch (...) {
+      failed.store(true);
+      throw;
+    }
+    done.fetch_add(1, std::memory_order_release);
+    return true;
+  }
+
+  // What one thread does; `own`: its piece.
+  void work(int64_t own) {
+    int64_t waited = 0, former = -1;
+    while (!failed.load(std::memory_order_relaxed)) {
+      const int64_t phase = done.load(std::memory_order_acquire) / count;
+      if (phase == phases) return;
+      if (phase != former) former = phase, waited = 0;
+      if (take(phase, own)) {
+        pieces[own].absent.store(false, std::memory_order_relaxed);
+        continue;
+      }
+      for (int64_t i = 0; i < count; ++i) {
+        const bool absent = pieces[i].absent.load(std::memory_order_relaxed);
+        if ((absent || waited > kPatience) && take(phase, i)) pieces[i].absent.store(true, std::memory_order_relaxed);
+      }
+      ++waited > kYields ? static_cast<void>(sched_yield()) : pause();
+    }
+  }
+};
+
 }  // namespace
+
+void parallel_phases(int64_t phases, int64_t pieces, void (*run)(void*, int64_t, int64_t), void* context) {
+  Phases all{phases, pieces, run, context};
+  parallel_pieces(
+      pieces, 1, [](void* to, int64_t begin, int64_t) { static_cast<Phases*>(to)->work(begin); }, &all);
+}
 
 void parallel_pieces(int64_t count, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
   if (count <= 0) return;

@@ -10,6 +10,12 @@ namespace fastnets {
 // was forked from one that had used threads it runs serially: the OpenMP pool does not survive a fork.
 void parallel_pieces(int64_t count, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context);
 
+// Calls run(context, phase, piece) for every piece of every phase, a phase when the one before is done, on at most
+// `pieces` of torch's threads. Between phases they meet at a counter. A thread has a piece of its own, whose data stay
+// in its caches; one that comes late, or that the system stops before its piece has begun, finds it done by another.
+// So no phase waits for a thread that is not running, unless it is stopped amid a piece. What run throws is thrown.
+void parallel_phases(int64_t phases, int64_t pieces, void (*run)(void*, int64_t, int64_t), void* context);
+
 // How many threads parallel_pieces may use.
 int64_t thread_count();
 

@@ -472,4 +472,13 @@ FASTNETS_INLINE void parallel(int64_t count, int64_t grain, const Body& body) {
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 
+// Calls body(phase, piece) for every piece of every phase, as parallel_phases says.
+template <class Body>
+FASTNETS_INLINE void in_phases(int64_t phases, int64_t pieces, const Body& body) {
+  parallel_phases(
+      phases, pieces,
+      [](void* context, int64_t phase, int64_t piece) { (*static_cast<const Body*>(context))(phase, piece); },
+      const_cast<void*>(static_cast<const void*>(&body)));
+}
+
 }  // namespace fastnets::FASTNETS_ISA

@@ -6,6 +6,7 @@ namespace fastnets::FASTNETS_ISA {
 namespace {
 
 constexpr int64_t kBlockPixels = 40 * kTileRows;
+constexpr int64_t kHeavyBytes = 1 << 20;  // of a weight
 
 // to[kRows][kVectors] = start + the operand rows, each a sequence of runs, times the panel.
 template <class T, int kRows, int kVectors>
@@ -100,11 +101,15 @@ void compute(const Phase& phase, const Block& block, int64_t image, int64_t grou
       T* to[kTileRows];
       operands.take<const T>(rows, staged, row);
       if (shape.channels_last) results.take(rows, result, at);
-      for (int r = 0; r < rows; ++r) to[r] = direct ? reinterpret_cast<T*>(at[r]) : sum + r * vectors * kLanes<T>;
+      T* const* put = reinterpret_cast<T* const*>(at);
+      if (!direct) {
+        for (int r = 0; r < rows; ++r) to[r] = sum + r * vectors * kLanes<T>;
+        put = to;
+      }
       if (vectors == kTileVectors) {
-        tile<T, kTileVectors>(rows, row, runs, count, weight, start, to, stream);
+        tile<T, kTileVectors>(rows, row, runs, count, weight, start, put, stream);
       } else {
-        tile<T, 1>(rows, row, runs, count, weight, start, to, stream);
+        tile<T, 1>(rows, row, runs, count, weight, start, put, stream);
       }
       if (direct) continue;
       if (shape.channels_last) {  // at once, while the sums are near
@@ -153,11 +158,15 @@ void gather_blocks(const Phase& whole) {
   for (int64_t g = 0; g < shape.groups; ++g) {
     pack_weight<T>(phase, static_cast<const S*>(phase.p.weight) + g * phase.group_stride, packed + g * packed_size);
   }
-  const Cut cut = choose_cut<T>(phase.axes, phase.source_channels, shape.batch * shape.groups, kBlockPixels, one_plane(whole));
-  const int64_t blocks = shape.batch * shape.groups * cut.count();
-  // Few blocks: the panels are shared out too, at the price of staging a block more than once.
+  // A weight that outgrows the second-level cache comes once a block: larger blocks, of which threads share the panels,
+  // at the price of staging each more than once.
+  const bool heavy = packed_size * static_cast<int64_t>(sizeof(T)) > kHeavyBytes;
+  const int64_t outer = shape.batch * shape.groups, bytes = heavy ? 3 * kStageBytes : kStageBytes;
+  const Cut cut = choose_cut<T>(phase.axes, phase.source_channels, heavy ? outer * panels : outer, kBlockPixels, bytes,
+                                one_plane(whole));
+  const int64_t blocks = outer * cut.count(), wanted = heavy ? wanted_pieces() : thread_count();
   int64_t shares = 1;
-  while (blocks * shares < thread_count() && shares < panels) ++shares;
+  while (blocks * shares < wanted && shares < panels) ++shares;
   const int64_t work = cut.size[0] * cut.size[1] * cut.size[2] * (phase.depth() + 1) * phase.channels / shares + 1;
   parallel(blocks * shares, kGrain / work + 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {

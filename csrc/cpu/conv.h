@@ -58,7 +58,10 @@ class Walk {
     while (n > 0) {
       const int now = static_cast<int>(at_most(n, ends_[2] - w_));
       P* at = base + at_;
-      for (int i = 0; i < now; ++i, at += steps_[2]) to[i] = at;
+      for (int i = 0; i < now; ++i, at += steps_[2]) {
+        to[i] = at;
+        asm volatile("");  // a dozen addresses take longer as vectors
+      }
       n -= now, to += now, w_ += now, at_ += now * steps_[2];
       if (n == 0) return;
       if (h_ + 1 < ends_[1]) {
@@ -210,13 +213,19 @@ inline Cut cut_into(const Axis* axes, int64_t channels, const int64_t (&sizes)[3
   return cut;
 }
 
-// Blocks of up to `pixels` results: whole rows, and with `deep` whole planes, where their staged source fits the
-// second-level cache; smaller ones where `outer` times as many would not feed every thread.
+// Pieces that the work is cut into, so that no thread waits long for the last.
+inline int64_t wanted_pieces() {
+  const int64_t threads = thread_count();
+  return threads > 1 ? 3 * threads : 1;
+}
+
+// Blocks of up to `pixels` results, and of `bytes` of staged source: whole rows, and with `deep` whole planes; smaller
+// ones where `outer` times as many would not feed every thread.
 template <class T>
-Cut choose_cut(const Axis* axes, int64_t channels, int64_t outer, int64_t pixels, bool deep) {
+Cut choose_cut(const Axis* axes, int64_t channels, int64_t outer, int64_t pixels, int64_t bytes, bool deep) {
   const auto fits = [&](int64_t d, int64_t h, int64_t w) {
     const Block block{{staged_axis(axes[0], 0, d), staged_axis(axes[1], 0, h), staged_axis(axes[2], 0, w)}, channels};
-    return d * h * w <= pixels && block.elements() * static_cast<int64_t>(sizeof(T)) <= kStageBytes;
+    return d * h * w <= pixels && block.elements() * static_cast<int64_t>(sizeof(T)) <= bytes;
   };
   int64_t sizes[3] = {1, 1, at_most(axes[2].count, pixels)};
   auto& [d, h, w] = sizes;
@@ -227,8 +236,7 @@ Cut choose_cut(const Axis* axes, int64_t channels, int64_t outer, int64_t pixels
   if (deep && h == axes[1].count) {
     while (d < axes[0].count && fits(d + 1, h, w)) ++d;
   }
-  const int64_t threads = thread_count(), wanted = threads > 1 ? 3 * threads : 1;
-  const auto few = [&] { return outer * cut_into(axes, channels, sizes).count() < wanted; };
+  const auto few = [&] { return outer * cut_into(axes, channels, sizes).count() < wanted_pieces(); };
   while (d > 1 && (d - 1) * h * w >= kTileRows && few()) --d;
   while (h > 1 && (h - 1) * w >= kTileRows && few()) --h;
   return cut_into(axes, channels, sizes);
@@ -258,32 +266,68 @@ struct Phase {
   int64_t positions() const { return axes[0].count * axes[1].count * axes[2].count; }
 };
 
+// Source channels [begin, end) of one panel, kWidth wide; `offsets` of the taps in the weight, in their order.
+template <class T, int kWidth, class S>
+void pack_taps(const Phase& phase, const S* from, const int64_t* offsets, int columns, int64_t begin, int64_t end,
+               T* to) {
+  constexpr int64_t chunk = 128;  // columns of a transposed piece, in the nearest cache
+  const ConvShape& s = phase.p.shape;
+  const int64_t *strides = s.weight_strides + 2, *kernel = s.kernel, inner = phase.source_channels, taps = phase.taps();
+  const int64_t volume = kernel[0] * kernel[1] * kernel[2];
+  if (strides[2] != 1 || strides[1] != kernel[2] || strides[0] != kernel[1] * kernel[2] || volume == 1) {
+    from += begin * phase.source_stride, to += begin * kWidth;
+    for (int64_t t = 0; t < taps; ++t, to += inner * kWidth) {
+      pack_panel<T, kWidth>(from + offsets[t], phase.result_stride, phase.source_stride, columns, end - begin, to);
+    }
+    return;
+  }
+  // The taps of a channel lie together: all of them are read at once.
+  const int64_t most = phase.source_stride == volume && volume < chunk ? chunk / volume : 1;
+  T* turned = static_cast<T*>(scratch(kStageSlot, most * volume * kWidth * sizeof(T)));
+  for (int64_t c = begin; c < end; c += most) {
+    const int64_t count = at_most(most, end - c);
+    pack_panel<T, kWidth>(from + c * phase.source_stride, phase.result_stride, 1, columns, count * volume, turned);
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t t = 0; t < taps; ++t) {
+        std::memcpy(to + (t * inner + c + i) * kWidth, turned + (i * volume + offsets[t]) * kWidth, kWidth * sizeof(T));
+      }
+    }
+  }
+}
+
 // Packs the phase's taps of one group's weight, [panel][tap][source channel][column].
+constexpr int64_t kPiece = 32;
 template <class T, class S>
 void pack_weight(const Phase& phase, const S* weight, T* packed) {
-  const int64_t panels = panel_count<T>(phase.channels), inner = phase.source_channels;
+  const int64_t panels = panel_count<T>(phase.channels), pieces = (phase.source_channels + kPiece - 1) / kPiece;
   const int64_t* strides = phase.p.shape.weight_strides + 2;
-  parallel(panels, kGrain / (phase.depth() * kTileCols<T> + 1) + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t panel = begin; panel < end; ++panel) {
-      const int64_t first = panel * kTileCols<T>;
+  int64_t* offsets = static_cast<int64_t*>(scratch(kRunSlot, (phase.taps() + 1) * sizeof(int64_t)));
+  int64_t n = 0;
+  for (int64_t d = 0; d < phase.axes[0].taps; ++d) {
+    for (int64_t h = 0; h < phase.axes[1].taps; ++h) {
+      for (int64_t w = 0; w < phase.axes[2].taps; ++w, ++n) {
+        const int64_t at[3] = {d, h, w};
+        offsets[n] = 0;
+        for (int i = 0; i < 3; ++i) offsets[n] += (phase.axes[i].tap + at[i] * phase.axes[i].tap_step) * strides[i];
+      }
+    }
+  }
+  // In the order in which the weight lies: far jumps would cost more than the copies.
+  const bool along = phase.result_stride < phase.source_stride;
+  const int64_t work = phase.taps() * kPiece * kTileCols<T>;
+  parallel(panels * pieces, kGrain / (work + 1) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t panel = along ? i % panels : i / pieces, piece = along ? i / panels : i % pieces;
+      const int64_t first = panel * kTileCols<T>, channel = piece * kPiece;
+      const int64_t past = at_most(channel + kPiece, phase.source_channels);
       const int vectors = panel_vectors<T>(phase.channels, first);
       const int columns = static_cast<int>(at_most(vectors * kLanes<T>, phase.channels - first));
+      const S* from = weight + first * phase.result_stride;
       T* to = packed + first * phase.depth();
-      for (int64_t d = 0; d < phase.axes[0].taps; ++d) {
-        for (int64_t h = 0; h < phase.axes[1].taps; ++h) {
-          for (int64_t w = 0; w < phase.axes[2].taps; ++w, to += inner * vectors * kLanes<T>) {
-            const int64_t at[3] = {d, h, w};
-            const S* from = weight + first * phase.result_stride;
-            for (int i = 0; i < 3; ++i) {
-              from += (phase.axes[i].tap + at[i] * phase.axes[i].tap_step) * strides[i];
-            }
-            if (vectors == kTileVectors) {
-              pack_panel<T, kTileCols<T>>(from, phase.result_stride, phase.source_stride, columns, inner, to);
-            } else {
-              pack_panel<T, kLanes<T>>(from, phase.result_stride, phase.source_stride, columns, inner, to);
-            }
-          }
-        }
+      if (vectors == kTileVectors) {
+        pack_taps<T, kTileCols<T>>(phase, from, offsets, columns, channel, past, to);
+      } else {
+        pack_taps<T, kLanes<T>>(phase, from, offsets, columns, channel, past, to);
       }
     }
   });

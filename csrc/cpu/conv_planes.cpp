@@ -158,9 +158,8 @@ constexpr int64_t kLeastWidth = kPixelVectors * kLanes<T>;
 template <class T>
 PlanesCut cut_planes(const Phase& phase) {
   PlanesCut cut{phase, phase.axes[1].count, phase.axes[2].count};
-  const int64_t outer = phase.p.shape.batch * phase.p.shape.groups, threads = thread_count();
-  const int64_t wanted = threads > 1 ? 3 * threads : 1;
-  const auto large = [&] { return staged_bytes<T>(cut) > kStageBytes || outer * cut.count() < wanted; };
+  const int64_t outer = phase.p.shape.batch * phase.p.shape.groups;
+  const auto large = [&] { return staged_bytes<T>(cut) > kStageBytes || outer * cut.count() < wanted_pieces(); };
   while (cut.height > 1 && large()) cut.height = (cut.height + 1) / 2;
   while (cut.width > kLeastWidth<T> && large()) cut.width = round_up((cut.width + 1) / 2, kLeastWidth<T>);
   return cut;

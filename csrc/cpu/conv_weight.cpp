@@ -151,7 +151,7 @@ void grad_weight(Problem& problem) {
   const int64_t panels = panel_count<T>(s.out_channels), threads = thread_count();
   const int64_t group_size = panels * kTileCols<T> * problem.depth, size = s.groups * group_size;
   const bool empty = s.batch * s.out[0] * s.out[1] * s.out[2] == 0;
-  if (!empty) problem.cut = choose_cut<T>(problem.axes, s.in_channels, s.batch * s.groups, kBlockPixels, false);
+  if (!empty) problem.cut = choose_cut<T>(problem.axes, s.in_channels, s.batch * s.groups, kBlockPixels, kStageBytes, false);
   // Enough pieces for the threads: by panels where there are many, else by blocks, as far as memory for sums goes.
   problem.chunks = problem.shares = 1;
   if (!empty && s.groups < threads) {

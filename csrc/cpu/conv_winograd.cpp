@@ -9,7 +9,7 @@ constexpr int kProductRows = kTileRows / 2;  // as many registers hold the sums 
 constexpr int64_t kBlockTiles = 8 * kProductRows;
 constexpr int64_t kSumDepth = 8;
 
-constexpr int64_t kLeastChannels = 16, kLeastTiles = 16;  // for the transforms to pay
+constexpr int64_t kLeastChannels = 16;  // for the transforms to pay
 
 // [3] -> [6]: the polynomial g at the points, over the product of each point's distances from the others.
 template <class T>
@@ -241,8 +241,11 @@ bool winograd_fits(const ConvShape& s, const Axis* axes) {
   }
   if (s.in_channels < kLeastChannels || s.out_channels < kLeastChannels) return false;
   const Strips strips{axes, s.batch, 0, kBlockTiles};
-  return strips.tiles() >= kLeastTiles &&
-         2 * strips.rows * strips.columns * kPoints < axes[1].count * axes[2].count * kTaps * kTaps;
+  // Its products run at two thirds of the direct ones' speed, and the weight's transform, where it outgrows the caches,
+  // takes as long as the products of some tiles.
+  const int64_t weight = s.in_channels * s.out_channels, pixels = s.batch * axes[0].count * axes[1].count * axes[2].count;
+  const int64_t transform = weight * kPoints * static_cast<int64_t>(sizeof(float)) > kStreamBytes ? 32 : 4;
+  return 3 * (strips.tiles() + transform) * kPoints < 2 * pixels * kTaps * kTaps;
 }
 
 bool winograd_pays(const Phase& phase) { return winograd_fits(phase.p.shape, phase.axes); }

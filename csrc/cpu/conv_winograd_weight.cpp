@@ -3,6 +3,8 @@
 // share is some input by some output channels: their sums, and a block of tiles of both operands, stay in the
 // second-level cache. Blocks are divided into chunks with sums of their own, added in their order: the result depends
 // on the number of threads at most, never on their timing.
+#include <atomic>
+
 #include "winograd.h"
 
 namespace fastnets::FASTNETS_ISA {
@@ -170,24 +172,33 @@ struct WinogradWeight {
     Vec<T> finite{};
     S* group = static_cast<S*>(p.grad_weight) + (share.group * s.out_channels + share.first_col) * strides[0] +
                share.first_row * strides[1];
-    for (int64_t r = 0; r < share.rows; ++r) {
+    for (int64_t first = 0; first < share.rows; first += kLanes<T>) {
+      const int64_t rows = at_most(kLanes<T>, share.rows - first);
       for (int64_t c = 0; c < share.cols; c += kLanes<T>) {
-        const T* from = sums + r * share.col() + c;
         const int n = static_cast<int>(at_most(kLanes<T>, share.cols - c));
-        S* to = group + c * strides[0] + r * strides[1];
-        transform<T, kIn, kTaps>(
-            [&](int i, int j) {
-              const T* at = from + (i * kIn + j) * share.sum_plane();
-              Vec<T> total = load(at);
-              for (int64_t chunk = 1; chunk < chunks; ++chunk) total += load(at + chunk * chunk_size);
-              return total;
-            },
-            [](const auto& m, auto& w) { taps_transform(m, w); },
-            [&](int i, int j, Vec<T> value) {
-              finite += keep_first<T>(value, n, T(0)) * T(0);
-              for (int k = 0; k < n; ++k)
-                to[i * strides[3] + j * strides[4] + k * strides[0]] = from_float<S>(value[k]);
-            });
+        T taps[kTaps][kTaps][kLanes<T>][kLanes<T>];  // [row][column]; transposed, they lie together
+        for (int64_t r = 0; r < rows; ++r) {
+          const T* from = sums + (first + r) * share.col() + c;
+          transform<T, kIn, kTaps>(
+              [&](int i, int j) {
+                const T* at = from + (i * kIn + j) * share.sum_plane();
+                Vec<T> total = load(at);
+                for (int64_t chunk = 1; chunk < chunks; ++chunk) total += load(at + chunk * chunk_size);
+                return total;
+              },
+              [](const auto& m, auto& w) { taps_transform(m, w); },
+              [&](int i, int j, Vec<T> value) {
+                finite += keep_first<T>(value, n, T(0)) * T(0);
+                store(taps[i][j][r], value);
+              });
+        }
+        for (int k = 0; k < n; ++k) {
+          for (int t = 0; t < kTaps * kTaps; ++t) {
+            const int i = t / kTaps, j = t % kTaps;
+            S* to = group + (c + k) * strides[0] + first * strides[1] + i * strides[3] + j * strides[4];
+            for (int64_t r = 0; r < rows; ++r) to[r * strides[1]] = from_float<S>(taps[i][j][r][k]);
+          }
+        }
       }
     }
     return reduce_add<T>(finite) == 0;
@@ -216,8 +227,12 @@ struct WinogradWeight {
         accumulate(share_of(i % shares), count * chunk / chunks, count * (chunk + 1) / chunks, sums + i * size);
       }
     });
-    bool finite = true;
-    for (int64_t i = 0; i < shares; ++i) finite &= write(share_of(i), sums + i * size, chunks, shares * size);
+    std::atomic<bool> finite{true};
+    parallel(shares, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        if (!write(share_of(i), sums + i * size, chunks, shares * size)) finite = false;
+      }
+    });
     return finite;
   }
 };

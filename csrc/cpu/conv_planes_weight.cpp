@@ -9,6 +9,7 @@ namespace {
 constexpr int kOuts = kTileRows < 12 ? 2 : 4, kElements = kTileRows < 12 ? 4 : 6;
 constexpr int64_t kMostElements = 100;  // of a sum's 147 the transposed way is as fast, of 256 faster
 constexpr int64_t kGradBytes = 16 << 10;  // of a tile's rows of the gradient: half of the nearest cache
+constexpr int64_t kTerms = 64;            // of a lane's sum, lest its rounding grow
 
 template <class T, class S>
 struct PlanesWeight {
@@ -18,7 +19,9 @@ struct PlanesWeight {
   const Strides x = strides_of(false, s.groups * s.in_channels, s.in);
   const Strides grad = strides_of(false, s.groups * s.out_channels, s.out);
   const int64_t taps = s.kernel[0] * s.kernel[1] * s.kernel[2], depth = taps * s.in_channels;
-  int64_t rows = at_most(s.out[1], kGradBytes / (kOuts * s.out[2] * static_cast<int64_t>(sizeof(T))) + 1);
+  const int64_t rows = at_most(s.out[1], at_most(kGradBytes / (kOuts * s.out[2] * static_cast<int64_t>(sizeof(T))),
+                                                 kTerms / ((s.out[2] + kLanes<T> - 1) / kLanes<T>)) +
+                                             1);
 
   int64_t cuts() const { return (s.out[1] + rows - 1) / rows; }
   int64_t blocks() const { return s.batch * s.out[0] * cuts(); }

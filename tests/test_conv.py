@@ -340,6 +340,20 @@ def test_autocast_follows_torch(dtype):
     torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("column", [0, -1])
+@pytest.mark.parametrize(("channels", "size"), [(1, 9), (3, 21), (20, 12)])
+def test_infinities_stay_out_of_sums_that_they_are_no_part_of(channels, size, column):
+    """Without padding a pixel of the first or last column meets one column of taps, and is part of one of results."""
+    x, weight = torch.randn(2, channels, size, size), torch.randn(5, channels, 3, 3, requires_grad=True)
+    x[0, 0, :, column] = torch.inf
+    y = fastnets.functional.conv2d(x, weight)
+    (grad,) = torch.autograd.grad(y, weight, torch.ones_like(y))
+    expected, of_taps = torch.ones_like(y, dtype=torch.bool), torch.ones_like(weight, dtype=torch.bool)
+    expected[0, :, :, column], of_taps[:, 0, :, column] = False, False
+    assert torch.equal(y.isfinite(), expected)
+    assert torch.equal(grad.isfinite(), of_taps)
+
+
 def test_eight_threads_share_a_layer():
     layer, x = fastnets.nn.Conv2d(16, 40, 3, padding=1), torch.randn(4, 16, 12, 12)
     expected = [y := layer(x), *gradients(y, list(layer.parameters()))]

@@ -293,6 +293,23 @@ def test_any_input_runs_as_the_reference_does_or_is_refused(data):
         _assert_same(expected, run(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
+def test_threads_that_share_a_step_change_nothing(cell):
+    """Few rows, and weights enough that threads share the hidden units; eight on fewer processors come late."""
+    layer, x = getattr(fastnets.nn, cell)(96, 200), torch.randn(30, 2, 96)
+    found, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 3, 8):
+            torch.set_num_threads(count)
+            y = layer(x)[0]
+            found.append([y, *torch.autograd.grad(y.square().sum(), list(layer.parameters()))])
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        torch.testing.assert_close(other[0], found[0][0], rtol=0, atol=0)
+        torch.testing.assert_close(other, found[0])
+
+
 def test_lengths_that_validation_cannot_see_are_clamped():
     """A compiled graph may carry any lengths: the operator itself must stay inside its tensors."""
     operands = _operands("lstm", torch.float32)

@@ -136,8 +136,16 @@ struct Folded {
     p.shape.batch = 1;
   }
   Phase operator()(const Phase& of) const {
-    Phase phase{p, {of.axes[0], of.axes[1], of.axes[2]}, of.source_channels, of.channels, of.source_stride,
-                of.result_stride, of.group_stride, sizes, of.source, of.result};
+    Phase phase{p,
+                {of.axes[0], of.axes[1], of.axes[2]},
+                of.source_channels,
+                of.channels,
+                of.source_stride,
+                of.result_stride,
+                of.group_stride,
+                sizes,
+                of.source,
+                of.result};
     phase.axes[0].count = phase.axes[0].extent = sizes[0];
     phase.axes[0].pull = phase.axes[0].step = 1;
     const int64_t groups = p.shape.groups;

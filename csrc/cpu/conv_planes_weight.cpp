@@ -7,7 +7,7 @@ namespace fastnets::FASTNETS_ISA {
 namespace {
 
 constexpr int kOuts = kTileRows < 12 ? 2 : 4, kElements = kTileRows < 12 ? 4 : 6;
-constexpr int64_t kMostElements = 100;  // of a sum's 147 the transposed way is as fast, of 256 faster
+constexpr int64_t kMostElements = 100;    // of a sum's 147 the transposed way is as fast, of 256 faster
 constexpr int64_t kGradBytes = 16 << 10;  // of a tile's rows of the gradient: half of the nearest cache
 constexpr int64_t kTerms = 64;            // of a lane's sum, lest its rounding grow
 
@@ -16,8 +16,8 @@ struct PlanesWeight {
   const ConvGradWeight& p;
   const Axis (&axes)[3];
   const ConvShape& s = p.shape;
-  const Strides x = strides_of(false, s.groups * s.in_channels, s.in);
-  const Strides grad = strides_of(false, s.groups * s.out_channels, s.out);
+  const Strides x = strides_of(false, s.groups* s.in_channels, s.in);
+  const Strides grad = strides_of(false, s.groups* s.out_channels, s.out);
   const int64_t taps = s.kernel[0] * s.kernel[1] * s.kernel[2], depth = taps * s.in_channels;
   const int64_t rows = at_most(s.out[1], at_most(kGradBytes / (kOuts * s.out[2] * static_cast<int64_t>(sizeof(T))),
                                                  kTerms / ((s.out[2] + kLanes<T> - 1) / kLanes<T>)) +
@@ -31,7 +31,7 @@ struct PlanesWeight {
     const int64_t h = block % cuts() * rows, d = block / cuts() % s.out[0], image = block / cuts() / s.out[0];
     const Plane<T> plane(axes, at_most(rows, s.out[1] - h));
     const int64_t size = s.in_channels * plane.size();
-    T* staged = static_cast<T*>(scratch(kStageSlot, (size + kLanes<T>) * sizeof(T)));
+    T* staged = static_cast<T*>(scratch(kStageSlot, (size + kLanes<T>)*sizeof(T)));
     std::memset(staged, 0, static_cast<size_t>(size) * sizeof(T));
     int64_t* offsets = static_cast<int64_t*>(scratch(kRunSlot, depth * sizeof(int64_t)));
     const S* source = static_cast<const S*>(p.x) + (image * s.groups + group) * s.in_channels * x.channel;

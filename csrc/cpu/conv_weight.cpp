@@ -62,9 +62,8 @@ template <class T, int kVectors>
 void tile(int rows, int64_t height, int64_t width, const T* a, int64_t a_h, int64_t a_w, const T* b, int64_t b_h,
           T* to) {
   // Elements past `rows` are read (the stage is longer) and dropped.
-  with_count<kTileRows, 2>((rows + 1) / 2 * 2, [&](auto n) {
-    tile_of<T, n.value, kVectors>(height, width, a, a_h, a_w, b, b_h, rows, to);
-  });
+  with_count<kTileRows, 2>(
+      (rows + 1) / 2 * 2, [&](auto n) { tile_of<T, n.value, kVectors>(height, width, a, a_h, a_w, b, b_h, rows, to); });
 }
 
 // Adds one block's products to sums [panels of the share][depth][columns].
@@ -89,9 +88,8 @@ void accumulate(const Problem& problem, int64_t image, const Block& block, int64
     const int vectors = panel_vectors<T>(s.out_channels, first);
     const int columns = static_cast<int>(at_most(vectors * kLanes<T>, s.out_channels - first));
     // One panel of channels last lies as it would be staged.
-    const bool in_place =
-        std::is_same_v<S, T> && columns == vectors * kLanes<T> && columns == s.groups * s.out_channels &&
-        s.channels_last;
+    const bool in_place = std::is_same_v<S, T> && columns == vectors * kLanes<T> &&
+                          columns == s.groups * s.out_channels && s.channels_last;
     const T* read = staged_grad;
     int64_t line = width * vectors * kLanes<T>;
     if constexpr (std::is_same_v<S, T>) {
@@ -151,7 +149,8 @@ void grad_weight(Problem& problem) {
   const int64_t panels = panel_count<T>(s.out_channels), threads = thread_count();
   const int64_t group_size = panels * kTileCols<T> * problem.depth, size = s.groups * group_size;
   const bool empty = s.batch * s.out[0] * s.out[1] * s.out[2] == 0;
-  if (!empty) problem.cut = choose_cut<T>(problem.axes, s.in_channels, s.batch * s.groups, kBlockPixels, kStageBytes, false);
+  if (!empty)
+    problem.cut = choose_cut<T>(problem.axes, s.in_channels, s.batch * s.groups, kBlockPixels, kStageBytes, false);
   // Enough pieces for the threads: by panels where there are many, else by blocks, as far as memory for sums goes.
   problem.chunks = problem.shares = 1;
   if (!empty && s.groups < threads) {

@@ -37,8 +37,8 @@ inline void pause() {
 }
 
 // A piece of every phase.
-struct alignas(64) Piece {  // a cache line each
-  std::atomic<int64_t> begun{0};   // phases of it that a thread has taken
+struct alignas(64) Piece {          // a cache line each
+  std::atomic<int64_t> begun{0};    // phases of it that a thread has taken
   std::atomic<bool> absent{false};  // its thread did not come for it last time
 };
 
@@ -89,8 +89,7 @@ struct Phases {
 
 void parallel_phases(int64_t phases, int64_t pieces, void (*run)(void*, int64_t, int64_t), void* context) {
   Phases all{phases, pieces, run, context};
-  parallel_pieces(
-      pieces, 1, [](void* to, int64_t begin, int64_t) { static_cast<Phases*>(to)->work(begin); }, &all);
+  parallel_pieces(pieces, 1, [](void* to, int64_t begin, int64_t) { static_cast<Phases*>(to)->work(begin); }, &all);
 }
 
 void parallel_pieces(int64_t count, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {

@@ -126,7 +126,7 @@ def _case(
             "lengths": None,
         }
         if cell.startswith("rnn_"):
-            # As torch's initial ones: in 37 steps a weight above 1 outgrows every dtype, and a tanh under one of -3 makes
+            # As torch's initial ones. In 37 steps a weight above 1 outgrows every dtype, and under one of -3 tanh makes
             # the gradients' rounding a hundred times the usual, in one way of computing them or in the other.
             drawn["w_hh"] = scale * (2 * torch.rand(gates, outputs, generator=generator, dtype=torch.float64) - 1)
         if lengths:

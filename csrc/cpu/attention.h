@@ -114,19 +114,21 @@ void load_rows(Dtype dtype, const void* data, int64_t at, int64_t row, int64_t r
   });
 }
 
+// Lanes from kFirst on of a and b in turn.
+template <class T, int kFirst, int... kIndex>
+FASTNETS_INLINE Vec<T> zip(Vec<T> a, Vec<T> b, std::integer_sequence<int, kIndex...>) {
+  return __builtin_shufflevector(a, b, (kFirst + kIndex / 2 + kIndex % 2 * kLanes<T>)...);
+}
+
 template <class T, int kStep>
 FASTNETS_INLINE void zip_halves(Vec<T>* v) {
   constexpr int n = kLanes<T>;
-  Vec<Int<T>> low, high;
-  for (int i = 0; i < n; ++i) {
-    low[i] = i / 2 + i % 2 * n;
-    high[i] = n / 2 + i / 2 + i % 2 * n;
-  }
+  constexpr std::make_integer_sequence<int, n> lanes;
   Vec<T> zipped[n];
 #pragma GCC unroll 16
   for (int i = 0; i < n / 2; ++i) {
-    zipped[2 * i] = __builtin_shuffle(v[i], v[i + n / 2], low);
-    zipped[2 * i + 1] = __builtin_shuffle(v[i], v[i + n / 2], high);
+    zipped[2 * i] = zip<T, 0>(v[i], v[i + n / 2], lanes);
+    zipped[2 * i + 1] = zip<T, n / 2>(v[i], v[i + n / 2], lanes);
   }
 #pragma GCC unroll 16
   for (int i = 0; i < n; ++i) v[i] = zipped[i];

@@ -25,7 +25,7 @@ void tile_of(const T* const* rows, const Run* runs, int64_t count, const T* pane
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         right[v] = load(panel + v * lanes);
-        asm("" : "+v"(right[v]));  // stays in a register: g++ would load it again for every row
+        in_register<T>(right[v]);
       }
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {

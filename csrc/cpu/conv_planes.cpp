@@ -38,7 +38,7 @@ struct PlanesTile {
       __builtin_prefetch(left + offsets[k] + kPixelVectors * kLanes<T>);  // in place, planes lie too far apart
       __builtin_prefetch(right + offsets[k] + kPixelVectors * kLanes<T>);
       Vec<T> x[kPixelVectors] = {load(left + offsets[k]), load(right + offsets[k])};
-      asm("" : "+v"(x[0]), "+v"(x[1]));  // stay in registers: g++ would load them again for every row
+      in_register<T>(x[0]), in_register<T>(x[1]);
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
         const Vec<T> factor = broadcast<T>(weight[r]);

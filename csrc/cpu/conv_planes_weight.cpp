@@ -69,7 +69,7 @@ struct PlanesWeight {
 #pragma GCC unroll 8
       for (int e = 0; e < kCount; ++e) {
         Vec<T> right = vector(element[e] + at);
-        asm("" : "+v"(right));  // stays in a register
+        in_register<T>(right);
 #pragma GCC unroll 4
         for (int k = 0; k < kOuts; ++k) sum[k][e] = fma<T>(left[k], right, sum[k][e]);
       }

@@ -37,7 +37,7 @@ void tile_of(int64_t height, int64_t width, const T* a, int64_t a_h, int64_t a_w
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         right[v] = load(line + v * lanes);
-        asm("" : "+v"(right[v]));  // stays in a register
+        in_register<T>(right[v]);
       }
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {

@@ -49,7 +49,7 @@ void multiply_of(const T* const* rows, int64_t depth, const T* panel, T* sums) {
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         right[v] = load(panel + v * lanes);
-        asm("" : "+v"(right[v]));  // stays in a register: g++ would load it again for every row
+        in_register<T>(right[v]);
       }
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {

@@ -53,7 +53,7 @@ void multiply_of(int64_t tiles, const T* x, int64_t x_row, const T* grad, int64_
 #pragma GCC unroll 4
       for (int v = 0; v < kTileVectors; ++v) {
         right[v] = load(grad + v * lanes);
-        asm("" : "+v"(right[v]));  // stays in a register: g++ would load it again for every row
+        in_register<T>(right[v]);
       }
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {

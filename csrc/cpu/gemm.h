@@ -204,8 +204,7 @@ void tile_of(int64_t k, const T* __restrict a, const T* __restrict b, T* __restr
 #pragma GCC unroll 8
     for (int v = 0; v < kTileVectors; ++v) {
       right[v] = load(b + v * lanes);
-      // Keeps the vector in a register: with few rows g++ would load it again for every row.
-      if constexpr (kRows <= 6) asm("" : "+v"(right[v]));
+      if constexpr (kRows <= 6) in_register<T>(right[v]);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {

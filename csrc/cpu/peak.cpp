@@ -11,14 +11,14 @@ int64_t multiply_adds(int64_t rounds) {
   parallel(thread_count(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread) {
       Vec<float> sum[sums] = {};
-      for (Vec<float>& s : sum) asm volatile("" : "+v"(s));  // the compiler does not know that they are the same
+      for (Vec<float>& s : sum) in_register<float>(s);  // the compiler does not know that they are the same
       for (int64_t i = 0; i < rounds; ++i) {
         Vec<float> factor = broadcast(0.5f);
-        asm volatile("" : "+v"(factor));  // nor what is added
+        in_register<float>(factor);  // nor what is added
 #pragma GCC unroll 12
         for (int s = 0; s < sums; ++s) sum[s] = fma<float>(sum[s], factor, factor);
       }
-      for (Vec<float>& s : sum) asm volatile("" : : "v"(s));
+      for (Vec<float>& s : sum) in_register<float>(s);
     }
   });
   return thread_count() * rounds * sums * kLanes<float>;

@@ -407,8 +407,8 @@ void run_steps(int64_t begin, int64_t end, int64_t batch, int64_t weights, const
       int64_t i = 0;
       const auto share = [&](const auto& stage) {
         if (i++ != phase % count) return;
-        stage.run(begin + phase / count, 0, batch, stage.panels * piece / threads,
-                  stage.panels * (piece + 1) / threads);
+        const int64_t first = stage.panels * piece / threads, past = stage.panels * (piece + 1) / threads;
+        if (first < past) stage.run(begin + phase / count, 0, batch, first, past);
       };
       (share(stages), ...);
     });

@@ -240,6 +240,17 @@ FASTNETS_INLINE void store_partial(S* p, Vec<Compute<S>> v, int n) {
   std::memcpy(p, buffer, static_cast<size_t>(n) * sizeof(S));
 }
 
+// The compiler has to have the vector in a register here, and does not know its value: one that many products take is
+// not loaded again for each of them, as g++ would.
+template <class T>
+FASTNETS_INLINE void in_register(Vec<T>& v) {
+#if defined(__aarch64__)
+  asm volatile("" : "+w"(v));
+#else
+  asm volatile("" : "+v"(v));
+#endif
+}
+
 // A lane-wise choice: comparisons of vectors (a < b, v == v) give the condition.
 // Lanes 0, 2, 4, ... of a, then of b.
 template <class T, int... kIndex>

@@ -1,7 +1,6 @@
 """What the commands share: options, dtypes' names, output."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -19,10 +18,9 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Where a command prints; wide enough for a table where the output is a file or a pipe and COLUMNS is not set."""
+    """Where a command prints; wide enough for a table where the output is a file or a pipe."""
     stream = sys.stderr if stderr else sys.stdout
-    fits = stream.isatty() or "COLUMNS" in os.environ
-    return Console(file=stream, highlight=False, markup=False, width=None if fits else 200)
+    return Console(file=stream, highlight=False, markup=False, width=None if stream.isatty() else 200)
 
 
 def output_file(name: str) -> Path:

@@ -28,7 +28,7 @@ $(VENV)/.needs: Makefile  # what the build needs; it runs without isolation, aga
 	@touch $@
 
 $(VENV)/.toolchain: $(VENV)/.needs csrc/cuda/toolchain.txt  # nvcc
-	$(PIP) $(if $(CUDA),$$(sed -n '/cccl/{p;d};s/==.*/==$(CUDA).*/p' csrc/cuda/toolchain.txt),-r csrc/cuda/toolchain.txt)
+	$(PIP) $(if $(CUDA),$$(sed -n '/^nvidia-cuda-cccl/{p;d};s/==.*/==$(CUDA).*/p' csrc/cuda/toolchain.txt),-r csrc/cuda/toolchain.txt)
 	@touch $@
 
 # Editable: Python files are used where they are, only csrc/ and the metadata ask for a new build (an incremental one).

@@ -124,11 +124,11 @@ void grad_weight(const ConvGradWeight& p, const Axis (&axes)[3]) {
 
 }  // namespace
 
-// A row's last vector may hold few pixels.
+// A row's last vector may hold few pixels; a long row's sums would be long too, and its gradient in no cache.
 bool planes_grad_weight(const ConvGradWeight& p, const Axis (&axes)[3]) {
   const ConvShape& s = p.shape;
   const int64_t depth = s.kernel[0] * s.kernel[1] * s.kernel[2] * s.in_channels, width = s.out[2];
-  if (s.channels_last || s.batch * s.out[0] * s.out[1] * width == 0) return false;
+  if (s.channels_last || s.batch * s.out[0] * s.out[1] * width == 0 || width > kTerms * kLanes<double>) return false;
   if (depth * round_up(width, kLanes<float>) > kMostElements * width) return false;
   with_storage(s.dtype, [&](auto kind) { grad_weight<Compute<decltype(kind)>, decltype(kind)>(p, axes); });
   return true;

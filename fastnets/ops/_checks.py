@@ -23,9 +23,11 @@ def expect_tensor(value: Any, name: str) -> None:
 
 
 def expect(condition: bool, name: str, expected: str, got: Any) -> None:
-    """Raises ValueError naming the argument unless the condition holds."""
+    """Raises ValueError naming the argument unless the condition holds; `got` may be a tensor, whose shape is named."""
     if not condition:
-        raise ValueError(f"{name}: expected {expected}, got {got}")
+        # Here, so that a good call puts no shape in words.
+        what = f"shape {tuple(got.shape)}" if isinstance(got, Tensor) else got
+        raise ValueError(f"{name}: expected {expected}, got {what}")
 
 
 def expect_floating(tensor: Tensor, name: str) -> None:

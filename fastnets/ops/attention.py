@@ -186,22 +186,25 @@ def _case(inputs, options: Options, lse: bool, weights: bool) -> dispatch.Case:
         "lse": lse,
         "weights": weights,
     }
-    sizes = {"D": q.size(3), "Dv": v.size(3), "Lq": q.size(2), "Lk": k.size(2), "Hq": q.size(1), "Hkv": k.size(1)}
+    _, heads, rows, width = q.shape
+    _, shared, keys, v_width = *k.shape[:3], v.size(3)
+    sizes = {"D": width, "Dv": v_width, "Lq": rows, "Lk": keys, "Hq": heads, "Hkv": shared}
     return dispatch.Case("attention", q.device.type, q.dtype, frozenset(n for n, on in used.items() if on), sizes)
 
 
 def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
     expect_floating(q, "query")
     for name, tensor in (("query", q), ("key", k), ("value", v)):
-        expect(tensor.dim() == 4, name, "4 dimensions [B, H, L, D]", f"shape {tuple(tensor.shape)}")
+        expect(tensor.dim() == 4, name, "4 dimensions [B, H, L, D]", tensor)
     expect_like(k, "key", q, "query")
     expect_like(v, "value", q, "query")
     batch, heads, _, width = q.shape
-    expect(k.size(0) == batch, "key", f"a batch of {batch} like query's", f"shape {tuple(k.shape)}")
-    expect(k.size(3) == width, "key", f"a last dimension of {width} like query's", f"shape {tuple(k.shape)}")
-    expect_shape(v, "value", (*k.shape[:3], v.size(3)))
-    fits = heads % k.size(1) == 0 if k.size(1) else heads == 0
-    expect(fits, "key", f"a number of heads that divides query's {heads}", k.size(1))
+    k_batch, shared, length, k_width = k.shape
+    expect(k_batch == batch, "key", f"a batch of {batch} like query's", k)
+    expect(k_width == width, "key", f"a last dimension of {width} like query's", k)
+    expect_shape(v, "value", (k_batch, shared, length, v.size(3)))
+    fits = heads % shared == 0 if shared else heads == 0
+    expect(fits, "key", f"a number of heads that divides query's {heads}", shared)
 
 
 def _check_mask(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -254,7 +257,7 @@ def scaled_dot_product_attention(
     """Brings torch's many forms of arguments to `attention`'s; see fastnets.functional."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         expect_tensor(tensor, name)
-        expect(tensor.dim() >= 2, name, "at least 2 dimensions [..., L, D]", f"shape {tuple(tensor.shape)}")
+        expect(tensor.dim() >= 2, name, "at least 2 dimensions [..., L, D]", tensor)
     expect(not (is_causal and attn_mask is not None), "attn_mask", "None where is_causal is True", "a mask")
     left, right = _bounds(window_size, is_causal)
     offset: int | None = 0
@@ -274,9 +277,11 @@ def scaled_dot_product_attention(
         "alibi_slopes": alibi_slopes,
         "return_lse": return_lse,
     }
-    if query.dim() == key.dim() == value.dim() == 4 and query.size(0) == key.size(0) == value.size(0):
-        grouped = query.size(1) != key.size(1)
-        if key.size(1) == value.size(1) and (not grouped or enable_gqa) and key.size(1) > 0:
+    if query.dim() == key.dim() == value.dim() == 4:
+        batch, heads = query.shape[:2]
+        shared = key.size(1)
+        alike = key.size(0) == value.size(0) == batch and value.size(1) == shared
+        if alike and (shared == heads or enable_gqa) and shared > 0:
             return attention(query, key, value, mask=attn_mask, **options)
     return _broadcast(query, key, value, attn_mask, enable_gqa, options)
 
@@ -298,7 +303,7 @@ def varlen_attention(
     """Packed sequences [total, H, D] are a batch of one to `attention`; see fastnets.functional."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         expect_tensor(tensor, name)
-        expect(tensor.dim() == 3, name, "3 dimensions [total, H, D]", f"shape {tuple(tensor.shape)}")
+        expect(tensor.dim() == 3, name, "3 dimensions [total, H, D]", tensor)
     expect_tensor(cu_seqlens_q, "cu_seqlens_q")
     expect_tensor(cu_seqlens_k, "cu_seqlens_k")
     left, right = _bounds(window_size, is_causal)
@@ -348,7 +353,7 @@ def _broadcast(query, key, value, attn_mask, enable_gqa: bool, options):
     dims = max(query.dim(), key.dim(), value.dim(), 3)
     if enable_gqa:
         for name, tensor in (("query", query), ("key", key), ("value", value)):
-            expect(tensor.dim() >= 3, name, "at least 3 dimensions with enable_gqa", f"shape {tuple(tensor.shape)}")
+            expect(tensor.dim() >= 3, name, "at least 3 dimensions with enable_gqa", tensor)
     q, k, v = (t[(None,) * (dims - t.dim())] for t in (query, key, value))
     batch = _joint((q.shape[:-3], k.shape[:-3], v.shape[:-3]))
     heads = q.size(-3)

@@ -125,7 +125,7 @@ void compute(const Phase& phase, const Block& block, int64_t image, int64_t grou
 // Images of one plane are planes of one image, of which a block may take several: the batch becomes the first axis.
 bool one_plane(const Phase& phase) {
   const Axis& axis = phase.axes[0];
-  return axis.taps == 1 && axis.count == 1 && axis.extent == 1 && axis.offset == 0 && axis.first == 0;
+  return phase.result_sizes[0] == 1 && axis.taps == 1 && axis.extent == 1 && axis.offset == 0;
 }
 struct Folded {
   ConvGather p;

@@ -99,11 +99,9 @@ void accumulate(const Problem& problem, int64_t image, const Block& block, int64
                block.axes[2].begin * problem.grad.at[2];
       }
     }
-    if (in_place) {
-    } else if (vectors == kTileVectors) {
-      stage_grad<T, kTileVectors>(grad + first * problem.grad.channel, problem.grad, block, columns, staged_grad);
-    } else {
-      stage_grad<T, 1>(grad + first * problem.grad.channel, problem.grad, block, columns, staged_grad);
+    if (!in_place) {
+      const auto stage_panel = vectors == kTileVectors ? stage_grad<T, kTileVectors, S> : stage_grad<T, 1, S>;
+      stage_panel(grad + first * problem.grad.channel, problem.grad, block, columns, staged_grad);
     }
     T* to = sums + (panel - panel_begin) * kTileCols<T> * problem.depth;
     for (const Run* run = runs; run < runs + count; ++run) {

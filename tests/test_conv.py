@@ -557,3 +557,32 @@ def test_results_past_the_caches(name, channels_last):
         y = functional.conv2d(x, weight, bias, **options)
     assert y.nbytes >= 4 << 20
     torch.testing.assert_close(y, torch.nn.functional.conv2d(x, weight, bias, **options), rtol=1e-4, atol=1e-4)
+
+
+SKIPPED = {  # tensors that a kernel's plane reaches a part of: x, weight, options
+    "conv3d": (
+        (2, 15, 3, 7, 9),
+        (24, 5, 2, 2, 4),
+        {"stride": (3, 3, 2), "padding": (0, 1, 2), "dilation": (1, 1, 3), "groups": 3},
+    ),
+    "conv_transpose3d": (
+        (3, 5, 1, 9, 4),
+        (5, 11, 1, 3, 4),
+        {"stride": (2, 2, 3), "padding": (0, 2, 2), "dilation": (1, 2, 1), "output_padding": (1, 0, 1)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SKIPPED)
+def test_planes_that_few_taps_reach(name):
+    """Images lie in a row where each is one plane of results, and here it is one of several."""
+    sizes, weight_sizes, options = SKIPPED[name]
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(sizes, generator=generator, requires_grad=True)
+    weight = torch.randn(weight_sizes, generator=generator, requires_grad=True)
+    with fastnets.backend("cpu"):
+        ours = getattr(functional, name)(x, weight, **options)
+        stock = getattr(torch.nn.functional, name)(x, weight, **options)
+        torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-4)
+        for found, expected in zip(gradients(ours, [x, weight]), gradients(stock, [x, weight]), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -52,19 +52,21 @@ class Call:
         return tuple(next(found) if need else None for need in needs)
 
 
+def _keep(ctx, call: Call, inputs: Tensors, outputs: Tensors) -> None:
+    ctx.call = call
+    ctx.inputs = len(inputs)
+    ctx.set_materialize_grads(False)
+    hidden = outputs[call.visible :]
+    ctx.mark_non_differentiable(*(t for t in hidden if t is not None))
+    ctx.save_for_backward(*inputs, *(outputs if call.saves_outputs else hidden))
+
+
 class _Operator(torch.autograd.Function):
     @staticmethod
-    def forward(call: Call, *inputs: Tensor | None) -> Tensors:
-        return call.forward(*inputs)
-
-    @staticmethod
-    def setup_context(ctx, inputs, outputs) -> None:
-        call, *tensors = inputs
-        ctx.call = call
-        ctx.inputs = len(tensors)
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(t for t in outputs[call.visible :] if t is not None))
-        ctx.save_for_backward(*tensors, *(outputs if call.saves_outputs else outputs[call.visible :]))
+    def forward(ctx, call: Call, *inputs: Tensor | None) -> Tensors:
+        outputs = call.forward(*inputs)
+        _keep(ctx, call, inputs, outputs)
+        return outputs
 
     @staticmethod
     def backward(ctx, *grads: Tensor | None):
@@ -78,6 +80,19 @@ class _Operator(torch.autograd.Function):
         differentiable = (torch.is_grad_enabled() or _transforming()) and not torch.compiler.is_compiling()
         run = ctx.call.differentiable_backward if differentiable else ctx.call.backward
         return (None, *run(inputs, outputs, grads, needs))
+
+
+class _Transformable(_Operator):
+    """The same where torch.func's transforms or the compiler see it; setup_context costs as much as a small kernel."""
+
+    @staticmethod
+    def forward(call: Call, *inputs: Tensor | None) -> Tensors:
+        return call.forward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs) -> None:
+        call, *tensors = inputs
+        _keep(ctx, call, tensors, outputs)
 
     @staticmethod
     def vmap(info, in_dims, call: Call, *inputs: Tensor | None):
@@ -101,8 +116,11 @@ def _distinct(inputs: Tensors) -> Tensors:
 def run(call: Call, *inputs: Tensor | None) -> Tensors:
     """Runs the call and returns its visible outputs, with autograd where an input asks for it."""
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    if wanted or (not torch.compiler.is_compiling() and _transforming()):
-        if torch.compiler.is_compiling():
-            inputs = _distinct(inputs)
+    if torch.compiler.is_compiling():
+        if wanted:
+            return _Transformable.apply(call, *_distinct(inputs))[: call.visible]
+    elif _transforming():
+        return _Transformable.apply(call, *inputs)[: call.visible]
+    elif wanted:
         return _Operator.apply(call, *inputs)[: call.visible]
     return call.forward(*inputs)[: call.visible]

@@ -13,6 +13,7 @@ from ..reference.attention import attention as reference
 from ..reference.philox import draw_seed
 from . import _autocast, _autograd
 from ._checks import expect, expect_broadcastable, expect_floating, expect_like, expect_shape, expect_tensor
+from ._plan import Metadata, planned
 from ._precision import matmul_allows_tf32
 
 
@@ -139,33 +140,32 @@ def attention(
     additive = mask is not None and isinstance(mask, Tensor) and mask.is_floating_point()
     q, k, v, bias = _autocast.lower(q, k, v, mask if additive else None)
     mask = bias if additive else mask
-    _check_heads(q, k, v)
-    if q.size(1) == 0:  # no query head shares the heads of k and v: the kernels need not see them
-        k, v = k[:, :0], v[:, :0]
+    mask = mask if mask is None else _as_four(mask)
     varlen = starts_q is not None or starts_k is not None
-    expect(0.0 <= dropout <= 1.0, "dropout_p", "a probability in [0, 1]", dropout)
-    expect(softcap >= 0.0, "softcap", "a number that is not negative", softcap)
-    if mask is not None:
-        mask = _check_mask(mask, q, k)
     if varlen:
         expect(starts_q is not None and starts_k is not None, "cu_seqlens", "both of them or none", "one")
-        expect(q.size(0) == 1, "query", "a batch of 1 with cu_seqlens", q.size(0))
-        expect(mask is None, "attn_mask", "None with cu_seqlens", "a mask")
-        expect(not return_weights, "return_weights", "False with cu_seqlens", return_weights)
         starts_q = _check_starts(starts_q, "cu_seqlens_q", q)
         starts_k = _check_starts(starts_k, "cu_seqlens_k", k)
         expect_shape(starts_k, "cu_seqlens_k", starts_q.shape)
-    batch = starts_q.numel() - 1 if varlen else q.size(0)
     if alibi_slopes is not None:
-        alibi_slopes = _check_slopes(alibi_slopes, q, batch)
+        alibi_slopes = _check_slopes(alibi_slopes, q, starts_q.numel() - 1 if varlen else q.size(0))
 
-    if scale is None:
-        scale = q.size(3) ** -0.5 if q.size(3) else 1.0
     tf32 = q.dtype == torch.float32 and matmul_allows_tf32()
-    options = Options(float(scale), float(softcap), left, right, offset, float(dropout), tf32)
+    scale = None if scale is None else float(scale)
+    options, case = _plan(
+        *(Metadata.of(q), Metadata.of(k), Metadata.of(v), Metadata.of(mask)),
+        mask is not None and mask.requires_grad,
+        alibi_slopes is not None,
+        varlen,
+        return_lse,
+        return_weights,
+        *(scale, float(softcap), left, right, offset, float(dropout), tf32),
+    )
+    if q.size(1) == 0:  # no query head shares the heads of k and v: the kernels need not see them
+        k, v = k[:, :0], v[:, :0]
     seed = draw_seed(q.device) if dropout else None
     inputs = (q, k, v, mask, alibi_slopes, seed, starts_q, starts_k)
-    implementation = dispatch.select(_case(inputs, options, return_lse, return_weights))
+    implementation = dispatch.select(case)
     if implementation.operators is None:
         found = _asked(reference(*inputs, options), return_lse, return_weights)
     else:
@@ -173,26 +173,40 @@ def attention(
     return found if len(found) > 1 else found[0]
 
 
-def _case(inputs, options: Options, lse: bool, weights: bool) -> dispatch.Case:
-    q, k, v, mask, slopes, _, starts, _ = inputs
+@planned
+def _plan(q, k, v, mask, bias_gradient, slopes, varlen, lse, weights, scale, softcap, left, right, offset, dropout, tf32):
+    """The kernels' options and the case; `q` to `mask`: Metadata."""
+    _check_heads(q, k, v)
+    expect(0.0 <= dropout <= 1.0, "dropout_p", "a probability in [0, 1]", dropout)
+    expect(softcap >= 0.0, "softcap", "a number that is not negative", softcap)
+    if mask is not None:
+        _check_mask(mask, q, k)
+    if varlen:
+        expect(q.size(0) == 1, "query", "a batch of 1 with cu_seqlens", q.size(0))
+        expect(mask is None, "attn_mask", "None with cu_seqlens", "a mask")
+        expect(not weights, "return_weights", "False with cu_seqlens", weights)
+    if scale is None:
+        scale = q.size(3) ** -0.5 if q.size(3) else 1.0
     used = {
         "mask": mask is not None,
-        "bias gradient": mask is not None and mask.requires_grad,
-        "alibi": slopes is not None,
-        "varlen": starts is not None,
-        "softcap": options.softcap != 0.0,
-        "window": options.left is not None or options.right is not None,
-        "dropout": options.dropout != 0.0,
+        "bias gradient": bias_gradient,
+        "alibi": slopes,
+        "varlen": varlen,
+        "softcap": softcap != 0.0,
+        "window": left is not None or right is not None,
+        "dropout": dropout != 0.0,
         "lse": lse,
         "weights": weights,
     }
     _, heads, rows, width = q.shape
     _, shared, keys, v_width = *k.shape[:3], v.size(3)
+    shared = shared if heads else 0
     sizes = {"D": width, "Dv": v_width, "Lq": rows, "Lk": keys, "Hq": heads, "Hkv": shared}
-    return dispatch.Case("attention", q.device.type, q.dtype, frozenset(n for n, on in used.items() if on), sizes)
+    case = dispatch.Case("attention", q.device.type, q.dtype, frozenset(n for n, on in used.items() if on), sizes)
+    return Options(scale, softcap, left, right, offset, dropout, tf32), case
 
 
-def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
+def _check_heads(q: Metadata, k: Metadata, v: Metadata) -> None:
     expect_floating(q, "query")
     for name, tensor in (("query", q), ("key", k), ("value", v)):
         expect(tensor.dim() == 4, name, "4 dimensions [B, H, L, D]", tensor)
@@ -207,13 +221,17 @@ def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
     expect(fits, "key", f"a number of heads that divides query's {heads}", shared)
 
 
-def _check_mask(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
+def _as_four(mask: Tensor) -> Tensor:
+    """The mask with leading dimensions of one."""
     expect_tensor(mask, "attn_mask")
+    return mask if mask.dim() >= 4 else mask[(None,) * (4 - mask.dim())]
+
+
+def _check_mask(mask: Metadata, q: Metadata, k: Metadata) -> None:
     if mask.dtype not in (torch.bool, torch.float32, q.dtype):
         raise TypeError(f"attn_mask: expected bool, float32 or {q.dtype} like query, got {mask.dtype}")
     expect(mask.device == q.device, "attn_mask", f"device {q.device} like query", mask.device)
     expect_broadcastable(mask, "attn_mask", (*q.shape[:3], k.size(2)))
-    return mask if mask.dim() == 4 else mask[(None,) * (4 - mask.dim())]
 
 
 def _check_slopes(slopes: Tensor, q: Tensor, batch: int) -> Tensor:

@@ -11,6 +11,7 @@ from .. import _library, dispatch
 from ..reference import conv as reference
 from . import _autocast, _autograd
 from ._checks import DtypeError, ShapeError, expect_tensor
+from ._plan import Metadata, planned
 from ._precision import convolutions_allow_tf32
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
@@ -83,11 +84,26 @@ def conv(
 ) -> Tensor:
     """activation(conv(x, weight) + bias + residual) over `dims` spatial dimensions; see fastnets.functional.conv2d."""
     stride, dilation = _spatial(dims, stride, "stride"), _spatial(dims, dilation, "dilation")
-    same = _expect_padding_name(padding, stride)
-    padding = padding if isinstance(padding, str) else _spatial(dims, padding, "padding")
-    _expect_options(stride, (0,) if isinstance(padding, str) else padding, dilation, groups)
-    _expect_tensors(dims, x, weight, bias, residual)
+    given = padding if isinstance(padding, str) else _spatial(dims, padding, "padding")
+    _expect_groups(groups)
+    _expect_tensors(x, weight, bias, residual)
     x, weight, bias, residual = _autocast.lower(x, weight, bias, residual)
+    of = Metadata.of(x), Metadata.of(weight), Metadata.of(bias), Metadata.of(residual)
+    case, size, before = _plan(dims, *of, stride, given, dilation, groups, activation)
+    implementation = dispatch.select(case)
+    if implementation.operators is None:
+        return reference.conv(x, weight, bias, residual, stride, given, dilation, groups, activation)
+    return _run(
+        implementation, dims, x, weight, bias, residual, False, size, stride, before, dilation, groups, activation
+    )
+
+
+@planned
+def _plan(dims, x, weight, bias, residual, stride, padding, dilation, groups, activation):
+    """The case, the result's spatial size and the padding before the first element; `x` to `residual`: Metadata."""
+    same = _expect_padding_name(padding, stride)
+    _expect_options(stride, (0,) if isinstance(padding, str) else padding, dilation, groups)
+    _expect_dimensions(dims, x, weight)
     _expect_alike(x, weight=weight, bias=bias, residual=residual)
     _expect_channels(x.shape[-dims - 1], weight.shape[1] * groups, weight.shape[0], bias, groups)
     spans = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
@@ -99,16 +115,9 @@ def conv(
             f"dilation {dilation} for input {tuple(x.shape[-dims:])} with padding {padding}"
         )
     _expect_activation(activation)
-    shape = (*x.shape[: -dims - 1], weight.shape[0], *size)
-    _expect_addressable(x, shape)
-    _expect_residual(residual, shape)
+    _expect_result(x, residual, (*x.shape[: -dims - 1], weight.shape[0], *size))
     large = _is_large(x, weight, size, x.shape[-dims:], stride, before, dilation)
-    implementation = _select(x, dims, groups, large, transposed=False)
-    if implementation.operators is None:
-        return reference.conv(x, weight, bias, residual, stride, padding, dilation, groups, activation)
-    return _run(
-        implementation, dims, x, weight, bias, residual, False, size, stride, before, dilation, groups, activation
-    )
+    return _case(x, dims, groups, large, transposed=False), size, before
 
 
 def conv_transpose(
@@ -127,14 +136,30 @@ def conv_transpose(
     """activation(conv_transpose(x, weight) + bias + residual); see fastnets.functional.conv_transpose2d."""
     stride, dilation = _spatial(dims, stride, "stride"), _spatial(dims, dilation, "dilation")
     padding, past = _spatial(dims, padding, "padding"), _spatial(dims, output_padding, "output_padding")
+    _expect_groups(groups)
+    _expect_tensors(x, weight, bias, residual)
+    x, weight, bias, residual = _autocast.lower(x, weight, bias, residual)
+    of = Metadata.of(x), Metadata.of(weight), Metadata.of(bias), Metadata.of(residual)
+    case, size = _plan_transposed(dims, *of, stride, padding, past, groups, dilation, activation)
+    implementation = dispatch.select(case)
+    if implementation.operators is None:
+        options = stride, padding, past, groups, dilation
+        return reference.conv_transpose(x, weight, bias, residual, *options, activation)
+    return _run(
+        implementation, dims, x, weight, bias, residual, True, size, stride, padding, dilation, groups, activation
+    )
+
+
+@planned
+def _plan_transposed(dims, x, weight, bias, residual, stride, padding, past, groups, dilation, activation):
+    """The case and the result's spatial size."""
     _expect_options(stride, padding, dilation, groups)
     if any(n < 0 for n in past) or any(n >= max(s, d) for n, s, d in zip(past, stride, dilation, strict=True)):
         raise ShapeError(
             f"output_padding: expected non-negative values smaller than stride {stride} or dilation {dilation}, got "
             f"{past} (output padding must be smaller than either stride or dilation)"
         )
-    _expect_tensors(dims, x, weight, bias, residual)
-    x, weight, bias, residual = _autocast.lower(x, weight, bias, residual)
+    _expect_dimensions(dims, x, weight)
     _expect_alike(x, weight=weight, bias=bias, residual=residual)
     _expect_channels(x.shape[-dims - 1], weight.shape[0], weight.shape[1] * groups, bias, groups)
     size = tuple(
@@ -144,31 +169,23 @@ def conv_transpose(
     if any(n < 0 for n in size):
         raise ShapeError(f"padding: expected one that leaves an output, got {padding}, which leaves size {size}")
     _expect_activation(activation)
-    shape = (*x.shape[: -dims - 1], weight.shape[1] * groups, *size)
-    _expect_addressable(x, shape)
-    _expect_residual(residual, shape)
+    _expect_result(x, residual, (*x.shape[: -dims - 1], weight.shape[1] * groups, *size))
     large = _is_large(x, weight, x.shape[-dims:], size, stride, padding, dilation)
-    implementation = _select(x, dims, groups, large, transposed=True)
-    if implementation.operators is None:
-        options = stride, padding, past, groups, dilation
-        return reference.conv_transpose(x, weight, bias, residual, *options, activation)
-    return _run(
-        implementation, dims, x, weight, bias, residual, True, size, stride, padding, dilation, groups, activation
-    )
+    return _case(x, dims, groups, large, transposed=True), size
 
 
-def _select(x: Tensor, dims: int, groups: int, large: bool, transposed: bool) -> dispatch.Implementation:
+def _case(x: Metadata, dims: int, groups: int, large: bool, transposed: bool) -> dispatch.Case:
     options = frozenset(name for name, used in (("transposed", transposed), ("large", large)) if used)
-    return dispatch.select(dispatch.Case("conv", x.device.type, x.dtype, options, {"dims": dims, "groups": groups}))
+    return dispatch.Case("conv", x.device.type, x.dtype, options, {"dims": dims, "groups": groups})
 
 
-def _is_large(x: Tensor, weight: Tensor, results, positions, stride, padding, dilation) -> bool:
+def _is_large(x: Metadata, weight: Metadata, results, positions, stride, padding, dilation) -> bool:
     """Whether 32 bits cannot count it: 2^29 positions along a dimension, where padding and taps reach included, or
     2^31 in an image, images or elements of the weight. `results`: the spatial size of the end that the stride is of."""
     along = zip(positions, results, weight.shape[2:], stride, padding, dilation, strict=True)
     return any(
         n + p + d * (k - 1) >= 1 << 29 or r * s + p + d * (k - 1) >= 1 << 29 for n, r, k, s, p, d in along
-    ) or any(n >= 1 << 31 for n in (math.prod(positions), math.prod(results), x.shape[0], weight.numel()))
+    ) or any(n >= 1 << 31 for n in (math.prod(positions), math.prod(results), x.shape[0], math.prod(weight.shape)))
 
 
 def _run(implementation, dims, x, weight, bias, residual, transposed, *options) -> Tensor:
@@ -223,6 +240,10 @@ def _new(like: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
 
 def _spatial(dims: int, value: Any, name: str) -> tuple[int, ...]:
     """One integer, or one for each spatial dimension, as a tuple."""
+    if type(value) is int:
+        return (value,) * dims
+    if type(value) is tuple and len(value) == dims and all(type(n) is int for n in value):
+        return value
     values = (value,) if isinstance(value, (int, torch.SymInt)) else value
     if not isinstance(values, Sequence) or not all(isinstance(n, (int, torch.SymInt)) for n in values):
         raise TypeError(f"{name}: expected an integer or {dims} of them, got {value!r}")
@@ -245,9 +266,12 @@ def _expect_padding_name(padding: Any, stride: Sequence[int]) -> bool:
     return padding == "same"
 
 
-def _expect_options(stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int) -> None:
+def _expect_groups(groups: Any) -> None:
     if not isinstance(groups, (int, torch.SymInt)):
         raise TypeError(f"groups: expected an integer, got {groups!r}")
+
+
+def _expect_options(stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int) -> None:
     for name, values, least, words in (
         ("stride", stride, 1, "non-positive stride is not supported"),
         ("padding", padding, 0, "negative padding is not supported"),
@@ -260,13 +284,16 @@ def _expect_options(stride: Sequence[int], padding: Sequence[int], dilation: Seq
             raise ShapeError(f"{name}: expected values below 2^60, got {tuple(values)}")
 
 
-def _expect_tensors(dims: int, x, weight, bias, residual) -> None:
+def _expect_tensors(x: Any, weight: Any, bias: Any, residual: Any) -> None:
     expect_tensor(x, "input")
     expect_tensor(weight, "weight")
     if bias is not None:
         expect_tensor(bias, "bias")
     if residual is not None:
         expect_tensor(residual, "residual")
+
+
+def _expect_dimensions(dims: int, x: Metadata, weight: Metadata) -> None:
     if weight.dim() < 3:
         raise ShapeError(
             f"weight: expected {dims + 2} dimensions, got {weight.dim()} (weight should have at least three dimensions)"
@@ -284,7 +311,7 @@ def _expect_tensors(dims: int, x, weight, bias, residual) -> None:
         )
 
 
-def _expect_alike(x: Tensor, **others: Tensor | None) -> None:
+def _expect_alike(x: Metadata, **others: Metadata | None) -> None:
     """Every tensor has the input's dtype and device."""
     for name, t in others.items():
         if t is None:
@@ -299,7 +326,7 @@ def _expect_alike(x: Tensor, **others: Tensor | None) -> None:
             )
 
 
-def _expect_channels(given: int, taken: int, out: int, bias: Tensor | None, groups: int) -> None:
+def _expect_channels(given: int, taken: int, out: int, bias: Metadata | None, groups: int) -> None:
     """`given`: the input's channels; `taken`: those that the weight takes; `out`: the result's."""
     for name, channels in (("weight", taken), ("weight", out)):
         if channels < groups:
@@ -321,18 +348,15 @@ def _expect_channels(given: int, taken: int, out: int, bias: Tensor | None, grou
         )
 
 
-def _expect_addressable(x: Tensor, shape: tuple[int, ...]) -> None:
-    if math.prod(shape) * x.element_size() >= 1 << 63:
-        raise ShapeError(f"padding: expected a result of fewer than 2^63 bytes, got shape {shape}")
-
-
 def _expect_activation(activation: str | None) -> None:
     if activation not in ACTIVATIONS:
         names = ", ".join(repr(name) for name in ACTIVATIONS)
         raise ValueError(f"activation: expected one of {names}, got {activation!r}")
 
 
-def _expect_residual(residual: Tensor | None, shape: tuple[int, ...]) -> None:
+def _expect_result(x: Metadata, residual: Metadata | None, shape: tuple[int, ...]) -> None:
+    if math.prod(shape) * x.dtype.itemsize >= 1 << 63:
+        raise ShapeError(f"padding: expected a result of fewer than 2^63 bytes, got shape {shape}")
     if residual is not None and tuple(residual.shape) != shape:
         raise ShapeError(f"residual: expected the result's shape {shape}, got {tuple(residual.shape)}")
 

@@ -128,8 +128,8 @@ def test_transforms_of_torch_func():
 
 @pytest.mark.parametrize("columns", [16, 37, 1001])
 def test_results_past_the_caches(columns):
-    """Results of more than 4 MiB are streamed, from the first aligned vector of each row."""
-    x = torch.randn((6 << 20) // 4 // columns, columns, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    """Results of more than 4 MiB of 16 in all are streamed, from the first aligned vector of each row."""
+    x = torch.randn((10 << 20) // 4 // columns, columns, generator=torch.Generator().manual_seed(0), requires_grad=True)
     grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
     with fastnets.backend("cpu"):
         y = softmax(x, -1)

@@ -17,7 +17,10 @@ void tile_of(const T* const* rows, const Run* runs, int64_t count, const T* pane
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) sum[r][v] = load(start + v * lanes);
+    for (int v = 0; v < kVectors; ++v) {
+      sum[r][v] = load(start + v * lanes);
+      if (!stream) __builtin_prefetch(to[r] + v * lanes, 1);  // a small sum is done before its line would have come
+    }
   }
   for (const Run* run = runs; run < runs + count; ++run) {
     for (int64_t p = run->offset, end = p + run->length; p < end; ++p, panel += kVectors * lanes) {
@@ -79,11 +82,12 @@ void compute(const Phase& phase, const Block& block, int64_t image, int64_t grou
       phase, block,
       image * shape.groups * phase.channels * result_pixels + group * phase.channels * phase.result.channel,
       group * phase.channels};
+  const T* row[kBlockPixels];  // of whole tiles: no more, since kTileRows divides it
+  operand_rows(block).take<const T>(tiles * rows, staged, row);
   for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
     const int64_t first = panel * kTileCols<T>;
     const int vectors = panel_vectors<T>(phase.channels, first);
     const T* weight = packed + first * depth;
-    Walk operands = operand_rows(block), results = finish.results();
     // Where nothing comes after the bias the results go where they belong at once.
     T start[kTileCols<T>] = {};
     S* result = static_cast<S*>(p.result) + first;
@@ -94,26 +98,24 @@ void compute(const Phase& phase, const Block& block, int64_t image, int64_t grou
       const S* bias = static_cast<const S*>(p.bias) + finish.channel + first;
       for (int v = 0; v < vectors; ++v) store(start + v * kLanes<T>, load(bias + v * kLanes<T>));
     }
+    S* at[kBlockPixels];
+    if (shape.channels_last) finish.results().take(tiles * rows, result, at);
     T* sum = sums;
     for (int64_t q = 0; q < pixels; q += rows) {
-      const T* row[kTileRows];
-      S* at[kTileRows];
       T* to[kTileRows];
-      operands.take<const T>(rows, staged, row);
-      if (shape.channels_last) results.take(rows, result, at);
-      T* const* put = reinterpret_cast<T* const*>(at);
+      T* const* put = reinterpret_cast<T* const*>(at + q);
       if (!direct) {
         for (int r = 0; r < rows; ++r) to[r] = sum + r * vectors * kLanes<T>;
         put = to;
       }
       if (vectors == kTileVectors) {
-        tile<T, kTileVectors>(rows, row, runs, count, weight, start, put, stream);
+        tile<T, kTileVectors>(rows, row + q, runs, count, weight, start, put, stream);
       } else {
-        tile<T, 1>(rows, row, runs, count, weight, start, put, stream);
+        tile<T, 1>(rows, row + q, runs, count, weight, start, put, stream);
       }
       if (direct) continue;
       if (shape.channels_last) {  // at once, while the sums are near
-        finish.channels_last(first, vectors, sum, at, at_most(rows, pixels - q));
+        finish.channels_last(first, vectors, sum, at + q, at_most(rows, pixels - q));
       } else {
         sum += rows * vectors * kLanes<T>;
       }

@@ -58,10 +58,7 @@ class Walk {
     while (n > 0) {
       const int now = static_cast<int>(at_most(n, ends_[2] - w_));
       P* at = base + at_;
-      for (int i = 0; i < now; ++i, at += steps_[2]) {
-        to[i] = at;
-        asm volatile("");  // a dozen addresses take longer as vectors
-      }
+      for (int i = 0; i < now; ++i) to[i] = at + i * steps_[2];
       n -= now, to += now, w_ += now, at_ += now * steps_[2];
       if (n == 0) return;
       if (h_ + 1 < ends_[1]) {
@@ -341,13 +338,16 @@ struct Finish {
   int64_t image;    // offset of the image and group in the result
   int64_t channel;  // of the result, all groups counted: for the bias
 
-  // Its results are too large to stay in a cache, and lie as streaming stores ask: vectors of `every` elements.
+  // Its results go past the caches, and lie as streaming stores ask: vectors of `every` elements.
   bool streams(int64_t every) const {
     const ConvShape& s = phase.p.shape;
     const int64_t* sizes = phase.result_sizes;
-    const int64_t elements = s.batch * s.groups * phase.channels * sizes[0] * sizes[1] * sizes[2];
-    return std::is_same_v<S, T> && elements * static_cast<int64_t>(sizeof(S)) > kStreamBytes &&
-           every % kLanes<T> == 0 && reinterpret_cast<uintptr_t>(phase.p.result) % kVectorBytes == 0;
+    const int64_t images = s.batch * s.groups * static_cast<int64_t>(sizeof(S)),
+                  result = images * phase.channels * sizes[0] * sizes[1] * sizes[2];
+    const int64_t source =
+        images * phase.source_channels * phase.axes[0].extent * phase.axes[1].extent * phase.axes[2].extent;
+    return std::is_same_v<S, T> && passes_caches(result, source + result) && every % kLanes<T> == 0 &&
+           reinterpret_cast<uintptr_t>(phase.p.result) % kVectorBytes == 0;
   }
   // Nothing but a bias is added.
   bool plain() const { return !phase.p.residual && !phase.p.kept && phase.p.activation == Activation::kNone; }

@@ -245,7 +245,7 @@ bool winograd_fits(const ConvShape& s, const Axis* axes) {
   // takes as long as the products of some tiles.
   const int64_t weight = s.in_channels * s.out_channels,
                 pixels = s.batch * axes[0].count * axes[1].count * axes[2].count;
-  const int64_t transform = weight * kPoints * static_cast<int64_t>(sizeof(float)) > kStreamBytes ? 32 : 4;
+  const int64_t transform = weight * kPoints * static_cast<int64_t>(sizeof(float)) > kCoreBytes ? 32 : 4;
   return 3 * (strips.tiles() + transform) * kPoints < 2 * pixels * kTaps * kTaps;
 }
 

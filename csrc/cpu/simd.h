@@ -156,7 +156,10 @@ inline void streamed() {
   _mm_sfence();
 #endif
 }
-constexpr int64_t kStreamBytes = 4 << 20;  // of a result: about a core's share of the last-level cache
+// Whether a result of so many bytes goes past the caches. Where all that a call touches fits the last-level cache the
+// result's reader finds it there, and so does the next call its memory.
+constexpr int64_t kCoreBytes = 4 << 20, kCacheBytes = 16 << 20;  // about a core's share of that cache; what it holds
+constexpr bool passes_caches(int64_t result, int64_t touched) { return result > kCoreBytes && touched > kCacheBytes; }
 
 FASTNETS_INLINE Vec<float> load(const BFloat16* p) {
   typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));

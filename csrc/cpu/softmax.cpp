@@ -40,7 +40,8 @@ void gather_scores(const SoftmaxForward& p, const S* x, int64_t x_stride, int64_
 // Whether a result of so many elements is written past the caches. (33 MB of float: backward 1.3 times as fast.)
 template <class S>
 bool streams_result(int64_t count) {
-  return std::is_same_v<S, Compute<S>> && count * static_cast<int64_t>(sizeof(S)) > kStreamBytes;
+  const int64_t bytes = count * static_cast<int64_t>(sizeof(S));
+  return std::is_same_v<S, Compute<S>> && passes_caches(bytes, 2 * bytes);
 }
 
 // y[i] = value(i, lanes) for i < n, in whole vectors but for the ends.

@@ -67,51 +67,30 @@ class GatherFeed {
   Reader<C, B, Side::kB> read_b_;
 };
 
-// One tap, of images whose planes are whole halves of chunks: the source as it lies with its pixels innermost, 8 bytes
-// a copy, or 16 where no chunk begins in one image and ends in the next. Of 16 copies of 8 bytes eight are of either
-// half, since chunks are exchanged within 128 bytes.
+// One tap, of images whose planes are whole halves of chunks: the source as it lies with its pixels innermost, 16 bytes
+// a copy, or 8 where a chunk may begin in one image and end in the next. Neighbouring threads copy what lies side by
+// side.
 template <class C, class S>
 class PlanesFeed {
   using T = typename C::Storage;
   using A = Tile<T, kStageDepth<T>, S::kM>;
   using B = Tile<T, S::kN, kStageDepth<T>>;
-  static constexpr int kChunks = S::kM / kChunk<T>, kStep = S::kThreads / kChunks, kHalf = kChunk<T> / 2;
-  static_assert(S::kThreads % kChunks == 0 && kStageDepth<T> % kStep == 0);
 
  public:
   __device__ __forceinline__ PlanesFeed(const Gather& p, unsigned char* shared, const Place& at)
       : p_(p), filter_(p, at), ring_(shared), a_(nullptr), b_(nullptr) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int m = at.row + place() * kChunk<T> + (half ^ first_half()) * kHalf;
-      int pixel = m;
-      const int64_t image = p.window.positions.divide(pixel);
-      source_[half] = m < p.output.rows
-                          ? static_cast<const T*>(p.source) + image * p.window.image + at.group * p.group + pixel
-                          : nullptr;
-    }
+    const int m = at.row + (p.whole ? Pieces<1>::place() : Pieces<2>::place());
+    int pixel = m;
+    const int64_t image = p.window.positions.divide(pixel);
+    source_ = m < p.output.rows ? static_cast<const T*>(p.source) + image * p.window.image + at.group * p.group + pixel
+                                : nullptr;
   }
 
   __device__ __forceinline__ void copy(int step) const {
-    const A a = ring_.a(step);
-    const T* const any = static_cast<const T*>(p_.source);
-#pragma unroll
-    for (int i = 0; i < kStageDepth<T> / kStep; ++i) {
-      const int line = static_cast<int>(threadIdx.x) / kChunks + i * kStep, channel = step * kStageDepth<T> + line;
-      const int64_t moved = channel * p_.plane;
-      const bool within = channel < p_.channels;
-      if (p_.whole) {
-        const T* const source = first_half() ? source_[1] : source_[0];
-        const bool inside = within && source != nullptr;
-        copy_async<16>(a.at(line, place() * kChunk<T>), inside ? source + moved : any, inside ? 16 : 0);
-      } else {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const bool inside = within && source_[half] != nullptr;
-          copy_async<8>(a.at(line, place() * kChunk<T> + (half ^ first_half()) * kHalf),
-                        inside ? source_[half] + moved : any, inside ? 8 : 0);
-        }
-      }
+    if (p_.whole) {
+      copy<Pieces<1>>(step);
+    } else {
+      copy<Pieces<2>>(step);
     }
     const int chunk = step * FilterCopy<T, S>::kChunks + FilterCopy<T, S>::place();
     filter_(ring_.b(step), chunk, chunk < p_.chunks);
@@ -123,11 +102,24 @@ class PlanesFeed {
   __device__ __forceinline__ Fragment<C> b(int j, int k) const { return read_b_(b_, Sums<C, S>::column() + 16 * j, k); }
 
  private:
-  static __device__ __forceinline__ int place() { return static_cast<int>(threadIdx.x) % kChunks; }
-  static __device__ __forceinline__ int first_half() { return static_cast<int>(threadIdx.x) / 8 % 2; }
+  template <int Count>
+  using Pieces = LinePieces<T, S, S::kM, Count>;
+
+  template <class P>
+  __device__ __forceinline__ void copy(int step) const {
+    const A a = ring_.a(step);
+#pragma unroll
+    for (int i = 0; i < kStageDepth<T> / P::kStep; ++i) {
+      const int line = P::line() + i * P::kStep, channel = step * kStageDepth<T> + line;
+      const bool inside = channel < p_.channels && source_ != nullptr;
+      copy_async<P::kBytes>(a.at(line, P::place()),
+                            inside ? source_ + channel * p_.plane : static_cast<const T*>(p_.source),
+                            inside ? P::kBytes : 0);
+    }
+  }
 
   const Gather& p_;
-  const T* source_[2];  // of the half that a thread copies first, and of the other one
+  const T* source_;
   FilterCopy<T, S> filter_;
   Ring<S, A, B> ring_;
   A a_;

@@ -127,6 +127,16 @@ __device__ __forceinline__ int share(int steps, int index, int count) {
   return static_cast<int>(int64_t{steps} * index / count);
 }
 
+// Lines of `Length` elements in chunks of 16 bytes, copied in `Count` pieces each: the threads' lines and places.
+template <class T, class S, int Length, int Count>
+struct LinePieces {
+  static constexpr int kBytes = 16 / Count, kElements = kBytes / static_cast<int>(sizeof(T));
+  static constexpr int kAcross = Length / kElements, kStep = S::kThreads / kAcross;  // a line's pieces, lines at once
+  static_assert(S::kThreads % kAcross == 0);
+  static __device__ __forceinline__ int line() { return static_cast<int>(threadIdx.x) / kAcross; }
+  static __device__ __forceinline__ int place() { return static_cast<int>(threadIdx.x) % kAcross * kElements; }
+};
+
 // Calls f with the arithmetic that computes this dtype.
 template <class F>
 void with_arithmetic(Dtype dtype, bool tf32, F&& f) {

@@ -86,28 +86,28 @@ class WeightFeed {
 };
 
 // One tap at every pixel, of images whose planes are whole halves of chunks: both tensors as they lie with their pixels
-// innermost, 8 bytes a copy, or 16 where no chunk begins in one image and ends in the next. Of 16 copies of 8 bytes
-// eight are of either half, since chunks are exchanged within 128 bytes.
+// innermost, 16 bytes a copy, or 8 where a chunk may begin in one image and end in the next. Neighbouring threads copy
+// what lies side by side.
 template <class C, class S>
 class WeightPlanesFeed {
   using T = typename C::Storage;
   using A = Tile<T, S::kM, kStageDepth<T>>;
   using B = Tile<T, S::kN, kStageDepth<T>>;
-  static constexpr int kChunks = kStageBytes / 16, kStep = S::kThreads / kChunks;
-  static_assert(S::kM % kStep == 0 && S::kN % kStep == 0);
 
  public:
   __device__ __forceinline__ WeightPlanesFeed(const Weight& p, unsigned char* shared, const Place& at)
-      : p_(p), row_(at.row + line()), column_(at.column + line()), ring_(shared), a_(nullptr), b_(nullptr) {
+      : p_(p), whole_(p.plane % kChunk<T> == 0), ring_(shared), a_(nullptr), b_(nullptr) {
+    const int line = whole_ ? Pieces<1>::line() : Pieces<2>::line();
+    row_ = at.row + line, column_ = at.column + line;
     grad_ = static_cast<const T*>(p.grad) + (int64_t{at.group} * p.partial.rows + row_) * p.plane;
     x_ = static_cast<const T*>(p.x) + (int64_t{at.group} * p.partial.columns + column_) * p.plane;
   }
 
   __device__ __forceinline__ void copy(int step) const {
-    if (p_.plane % kChunk<T> == 0) {
-      copy<1>(step);
+    if (whole_) {
+      copy<Pieces<1>>(step);
     } else {
-      copy<2>(step);
+      copy<Pieces<2>>(step);
     }
   }
 
@@ -117,37 +117,32 @@ class WeightPlanesFeed {
   __device__ __forceinline__ Fragment<C> b(int j, int k) const { return read_b_(b_, Sums<C, S>::column() + 16 * j, k); }
 
  private:
-  static __device__ __forceinline__ int line() { return static_cast<int>(threadIdx.x) / kChunks; }
+  template <int Count>
+  using Pieces = LinePieces<T, S, kStageDepth<T>, Count>;
 
-  // Each chunk in so many pieces.
-  template <int Pieces>
+  template <class P>
   __device__ __forceinline__ void copy(int step) const {
-    constexpr int kElements = kChunk<T> / Pieces, kBytes = 16 / Pieces;
-#pragma unroll
-    for (int piece = 0; piece < Pieces; ++piece) {
-      const int first = Pieces == 1 ? 0 : static_cast<int>(threadIdx.x) / 8 % 2;
-      const int place = static_cast<int>(threadIdx.x) % kChunks * kChunk<T> + (piece ^ first) * kElements;
-      int pixel = step * kStageDepth<T> + place;
-      const bool within = pixel < p_.pixels;
-      const int64_t image = p_.window.positions.divide(pixel);
-      lines<kBytes, S::kM>(ring_.a(step), place, within, grad_ + image * p_.grad_image + pixel, row_, p_.partial.rows,
-                           static_cast<const T*>(p_.grad));
-      lines<kBytes, S::kN>(ring_.b(step), place, within, x_ + image * p_.window.image + pixel, column_,
-                           p_.partial.columns, static_cast<const T*>(p_.x));
-    }
+    int pixel = step * kStageDepth<T> + P::place();
+    const bool within = pixel < p_.pixels;
+    const int64_t image = p_.window.positions.divide(pixel);
+    lines<P, S::kM>(ring_.a(step), within, grad_ + image * p_.grad_image + pixel, row_, p_.partial.rows, p_.grad);
+    lines<P, S::kN>(ring_.b(step), within, x_ + image * p_.window.image + pixel, column_, p_.partial.columns, p_.x);
   }
-  template <int Bytes, int Count, class Operand>
-  __device__ __forceinline__ void lines(Operand to, int place, bool within, const T* from, int first, int count,
-                                        const T* any) const {
+  template <class P, int Count, class Operand>
+  __device__ __forceinline__ void lines(Operand to, bool within, const T* from, int first, int count,
+                                        const void* any) const {
+    static_assert(Count % P::kStep == 0);
 #pragma unroll
-    for (int i = 0; i < Count / kStep; ++i) {
-      const bool inside = within && first + i * kStep < count;
-      copy_async<Bytes>(to.at(line() + i * kStep, place), inside ? from + i * kStep * p_.plane : any,
-                        inside ? Bytes : 0);
+    for (int i = 0; i < Count / P::kStep; ++i) {
+      const bool inside = within && first + i * P::kStep < count;
+      copy_async<P::kBytes>(to.at(P::line() + i * P::kStep, P::place()),
+                            inside ? from + i * P::kStep * p_.plane : static_cast<const T*>(any),
+                            inside ? P::kBytes : 0);
     }
   }
 
   const Weight& p_;
+  const bool whole_;
   int row_, column_;
   const T *grad_, *x_;
   Ring<S, A, B> ring_;

@@ -8,55 +8,58 @@ namespace {
 constexpr int64_t kBlockPixels = 40 * kTileRows;
 constexpr int64_t kHeavyBytes = 1 << 20;  // of a weight
 
-// to[kRows][kVectors] = start + the operand rows, each a sequence of runs, times the panel.
+// Of `tiles` times kRows results: to[r][kVectors] = start + rows[r], each a sequence of runs, times the panel.
 template <class T, int kRows, int kVectors>
-void tile_of(const T* const* rows, const Run* runs, int64_t count, const T* panel, const T* start, T* const* to,
-             bool stream) {
+void tiles_of(int64_t tiles, const T* const* rows, const Run* runs, int64_t count, const T* panel, const T* start,
+              T* const* to, bool stream) {
   constexpr int lanes = kLanes<T>;
-  Vec<T> sum[kRows][kVectors];
+  for (; tiles > 0; --tiles, rows += kRows, to += kRows) {
+    Vec<T> sum[kRows][kVectors];
 #pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      sum[r][v] = load(start + v * lanes);
-      if (!stream) __builtin_prefetch(to[r] + v * lanes, 1);  // a small sum is done before its line would have come
-    }
-  }
-  for (const Run* run = runs; run < runs + count; ++run) {
-    for (int64_t p = run->offset, end = p + run->length; p < end; ++p, panel += kVectors * lanes) {
-      Vec<T> right[kVectors];
+    for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
-        right[v] = load(panel + v * lanes);
-        in_register<T>(right[v]);
-      }
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) {
-        const Vec<T> left = broadcast<T>(rows[r][p]);
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) sum[r][v] = fma<T>(left, right[v], sum[r][v]);
+        sum[r][v] = load(start + v * lanes);
+        if (!stream) __builtin_prefetch(to[r] + v * lanes, 1);  // a small sum is done before its line would have come
       }
     }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
+    const T* factors = panel;
+    for (const Run* run = runs; run < runs + count; ++run) {
+      for (int64_t p = run->offset, end = p + run->length; p < end; ++p, factors += kVectors * lanes) {
+        Vec<T> right[kVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      if (stream) {
-        fastnets::FASTNETS_ISA::stream(to[r] + v * lanes, sum[r][v]);
-      } else {
-        store(to[r] + v * lanes, sum[r][v]);
+        for (int v = 0; v < kVectors; ++v) {
+          right[v] = load(factors + v * lanes);
+          in_register<T>(right[v]);
+        }
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) {
+          const Vec<T> left = broadcast<T>(rows[r][p]);
+#pragma GCC unroll 4
+          for (int v = 0; v < kVectors; ++v) sum[r][v] = fma<T>(left, right[v], sum[r][v]);
+        }
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        if (stream) {
+          fastnets::FASTNETS_ISA::stream(to[r] + v * lanes, sum[r][v]);
+        } else {
+          store(to[r] + v * lanes, sum[r][v]);
+        }
       }
     }
   }
 }
 
-// rows is even, or the tile's full height.
+// `height` is even, or the tile's full one.
 template <class T, int kVectors>
-void tile(int rows, const T* const* row, const Run* runs, int64_t count, const T* panel, const T* start, T* const* to,
-          bool stream) {
-  with_count<kTileRows, 2>(rows,
-                           [&](auto n) { tile_of<T, n.value, kVectors>(row, runs, count, panel, start, to, stream); });
+void run_tiles(int height, int64_t tiles, const T* const* rows, const Run* runs, int64_t count, const T* panel,
+               const T* start, T* const* to, bool stream) {
+  with_count<kTileRows, 2>(
+      height, [&](auto n) { tiles_of<T, n.value, kVectors>(tiles, rows, runs, count, panel, start, to, stream); });
 }
 
 // One block: stages it, then panel after panel of the weight, tile after tile.
@@ -100,25 +103,20 @@ void compute(const Phase& phase, const Block& block, int64_t image, int64_t grou
     }
     S* at[kBlockPixels];
     if (shape.channels_last) finish.results().take(tiles * rows, result, at);
-    T* sum = sums;
-    for (int64_t q = 0; q < pixels; q += rows) {
-      T* to[kTileRows];
-      T* const* put = reinterpret_cast<T* const*>(at + q);
-      if (!direct) {
-        for (int r = 0; r < rows; ++r) to[r] = sum + r * vectors * kLanes<T>;
-        put = to;
-      }
+    // Sums for the channels' places are finished a tile at a time, while they are near.
+    const bool near = shape.channels_last && !direct;
+    T* to[kBlockPixels];
+    for (int64_t q = 0; q < tiles * rows; ++q) {
+      to[q] = direct ? reinterpret_cast<T*>(at[q]) : sums + (near ? q % rows : q) * vectors * kLanes<T>;
+    }
+    const int64_t together = near ? 1 : tiles;
+    for (int64_t q = 0; q < tiles * rows; q += together * rows) {
       if (vectors == kTileVectors) {
-        tile<T, kTileVectors>(rows, row + q, runs, count, weight, start, put, stream);
+        run_tiles<T, kTileVectors>(rows, together, row + q, runs, count, weight, start, to + q, stream);
       } else {
-        tile<T, 1>(rows, row + q, runs, count, weight, start, put, stream);
+        run_tiles<T, 1>(rows, together, row + q, runs, count, weight, start, to + q, stream);
       }
-      if (direct) continue;
-      if (shape.channels_last) {  // at once, while the sums are near
-        finish.channels_last(first, vectors, sum, at + q, at_most(rows, pixels - q));
-      } else {
-        sum += rows * vectors * kLanes<T>;
-      }
+      if (near) finish.channels_last(first, vectors, sums, at + q, at_most(rows, pixels - q));
     }
     if (!shape.channels_last) finish.planes(first, vectors, sums);
   }

@@ -9,6 +9,7 @@ namespace {
 
 constexpr int64_t kQueries = 256;       // queries in a block: they share every transposed block of keys
 constexpr double kLeastWork = 1 << 17;  // multiply-adds worth waking a thread for
+constexpr int64_t kFewQueries = 4;      // as a model that generates asks with: keys transposed for them cost more
 
 // Scratch memory of one block of queries.
 template <class T>
@@ -28,6 +29,45 @@ struct Block {
   }
 };
 
+// The sum of each of a vector's worth of vectors, in their order: halves are zipped and added.
+template <class T, int kCount = kLanes<T>>
+FASTNETS_INLINE Vec<T> sums_of(Vec<T>* v) {
+  constexpr std::make_integer_sequence<int, kLanes<T>> lanes;
+  if constexpr (kCount > 1) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kCount / 2; ++i) {
+      v[i] = zip<T, 0>(v[i], v[i + kCount / 2], lanes) + zip<T, kLanes<T> / 2>(v[i], v[i + kCount / 2], lanes);
+    }
+    return sums_of<T, kCount / 2>(v);
+  }
+  return v[0];
+}
+
+// scores[j] = the product of q with key j, for j < keys; zeros up to the next full vector.
+template <class T, class S>
+void dot_keys(const T* q, const S* from, int64_t row, int64_t keys, int64_t depth, T* scores) {
+  constexpr int n = kLanes<T>;
+  for (int64_t j = 0; j < keys; j += n, from += n * row) {
+    const int64_t lines = smaller(n, keys - j), whole = lines == n ? depth / n * n : 0;
+    Vec<T> sums[n] = {};
+    for (int64_t c = 0; c < whole; c += n) {
+      const Vec<T> factor = load(q + c);
+#pragma GCC unroll 16
+      for (int i = 0; i < n; ++i) {
+        __builtin_prefetch(from + (n + i) * row + c);
+        sums[i] = fma<T>(load(from + i * row + c), factor, sums[i]);
+      }
+    }
+    for (int64_t c = whole; c < depth; c += n) {
+      const int width = static_cast<int>(smaller(n, depth - c));
+      for (int i = 0; i < lines; ++i) {
+        sums[i] = fma<T>(load_partial(from + i * row + c, width), load(q + c), sums[i]);
+      }
+    }
+    store(scores + j, sums_of<T>(sums));
+  }
+}
+
 // q, and its scores with a block of keys: of pairs, unscaled until then.
 template <class T, bool kPairs>
 struct Queries {
@@ -35,23 +75,39 @@ struct Queries {
   const Scoring<T>& scoring;
   const Block<T>& at;
   const int64_t depth, width;
+  const bool few;  // queries: keys as they lie
 
-  Queries(const Attention& params, const Scoring<T>& how, const Block<T>& scratch)
-      : p(params), scoring(how), at(scratch), depth(kPairs ? words(p.d) : p.d), width(padded<T>(depth)) {}
+  Queries(const Attention& params, const Scoring<T>& how, const Block<T>& scratch, int64_t rows)
+      : p(params),
+        scoring(how),
+        at(scratch),
+        depth(kPairs ? words(p.d) : p.d),
+        width(padded<T>(depth)),
+        few(!kPairs && rows <= kFewQueries) {}
 
   void load(const Head& h, int64_t begin, int64_t rows) const {
     if constexpr (kPairs) return load_words(p.q.data, h.at_q(p.q, begin), p.q.row, rows, p.d, at.q);
     load_rows<T>(p.dtype, p.q.data, h.at_q(p.q, begin), p.q.row, rows, p.d, scoring.q_factor, at.q);
   }
   void load_keys(const Head& h, int64_t j0, int64_t keys) const {
+    if (few) return;
     if constexpr (kPairs) {
       load_words(p.k.data, h.at_k(p.k, j0), p.k.row, keys, p.d, at.staged);
       return load_transposed<T>(Dtype::kFloat32, at.staged, 0, width, keys, depth, at.keys);
     }
     load_transposed<T>(p.dtype, p.k.data, h.at_k(p.k, j0), p.k.row, keys, p.d, at.keys);
   }
-  // Of rows from ... from + count against n of the keys.
-  FASTNETS_INLINE void score(int64_t from, int64_t count, int64_t n) const {
+  // Of rows from ... from + count against n of the keys, which begin at j0.
+  FASTNETS_INLINE void score(const Head& h, int64_t j0, int64_t from, int64_t count, int64_t n) const {
+    if (few) {
+      return with_stored<T>(p.dtype, [&](auto kind) {
+        using S = decltype(kind);
+        const S* keys = static_cast<const S*>(p.k.data) + h.at_k(p.k, j0);
+        for (int64_t r = 0; r < count; ++r) {
+          dot_keys(at.q + (from + r) * width, keys, p.k.row, n, depth, at.scores + r * kKeys);
+        }
+      });
+    }
     group_product<T, kPairs>(count, n, depth, {at.q + from * width, width, 1}, at.keys, kKeys, at.scores, kKeys,
                              nullptr, kPairs ? scoring.q_factor : T(1));
   }
@@ -63,17 +119,22 @@ void forward_rows(const AttentionForward& p, const Head& h, int64_t begin, int64
   const Scoring<T> scoring(p);
   const int64_t rows = end - begin, out_width = padded<T>(p.dv);
   const Block<T> at(p, rows);
-  const Queries<T, kPairs> queries(p, scoring, at);
+  const Queries<T, kPairs> queries(p, scoring, at, rows);
   queries.load(h, begin, rows);
   for (int64_t r = 0; r < rows; ++r) at.largest[r] = kMinusInfinity<T>, at.sum[r] = T(0);
   for (int64_t x = 0; x < rows * out_width; x += kLanes<T>) store(at.out + x, Vec<T>{});
 
+  const bool values_lie_ready = p.dtype == (sizeof(T) == 8 ? Dtype::kFloat64 : Dtype::kFloat32) && p.dv == out_width;
   const Span span = visible(p, h, begin, end);
   for (int64_t j0 = span.first / kKeys * kKeys; j0 < span.last; j0 += kKeys) {
     const int64_t keys = smaller(kKeys, span.last - j0);
     queries.load_keys(h, j0, keys);
+    const T* values = at.values;
+    int64_t values_row = out_width;
     if constexpr (kPairs) {
       load_row_pairs(p.v.data, h.at_k(p.v, j0), p.v.row, keys, p.dv, at.values);
+    } else if (queries.few && values_lie_ready) {
+      values = static_cast<const T*>(p.v.data) + h.at_k(p.v, j0), values_row = p.v.row;
     } else {
       load_rows<T>(p.dtype, p.v.data, h.at_k(p.v, j0), p.v.row, keys, p.dv, T(1), at.values);
     }
@@ -81,7 +142,7 @@ void forward_rows(const AttentionForward& p, const Head& h, int64_t begin, int64
       const Span seen = visible(p, h, begin + from, begin + to);
       const int64_t n = smaller(keys, seen.last - j0), count = to - from;
       if (n <= 0 || seen.first >= j0 + keys) return;
-      queries.score(from, count, n);
+      queries.score(h, j0, from, count, n);
       alignas(64) T shrink[16] = {}, sums[kGroupRows], tops[kGroupRows];
       for (int64_t r = 0; r < count; ++r) {  // apart from what follows: the rows' latencies overlap
         T* s = at.scores + r * kKeys;
@@ -106,7 +167,7 @@ void forward_rows(const AttentionForward& p, const Head& h, int64_t begin, int64
         weights = at.rounded;
       }
 #endif
-      group_product<T, kPairs>(count, p.dv, kPairs ? words(n) : n, {weights, kKeys, 1}, at.values, out_width,
+      group_product<T, kPairs>(count, p.dv, kPairs ? words(n) : n, {weights, kKeys, 1}, values, values_row,
                                at.out + from * out_width, out_width, shrink);
     });
   }
@@ -128,14 +189,14 @@ void weights_rows(const AttentionWeights& p, const Head& h, int64_t begin, int64
   const Scoring<T> scoring(p);
   const int64_t rows = end - begin;
   const Block<T> at(p, rows);
-  const Queries<T, kPairs> queries(p, scoring, at);
+  const Queries<T, kPairs> queries(p, scoring, at, rows);
   queries.load(h, begin, rows);
   const T* lse = static_cast<const T*>(p.lse) + h.at_lse(p, begin);
   for (int64_t j0 = 0; j0 < h.lk; j0 += kKeys) {
     const int64_t n = smaller(kKeys, h.lk - j0);
     queries.load_keys(h, j0, n);
     in_groups(rows, [&](int64_t from, int64_t to) {
-      queries.score(from, to - from, n);
+      queries.score(h, j0, from, to - from, n);
       for (int64_t r = from; r < to; ++r) {
         T* s = at.scores + (r - from) * kKeys;
         if (scoring.cap != T(0)) scoring.squash(s, n);
@@ -177,10 +238,17 @@ void over_blocks(const Attention& p, const Body& body) {
   });
 }
 
+// Calls body(T{}, pairs); few queries do not pay for keys and values laid out in pairs.
+template <class Body>
+void with_rows(const Attention& p, const Body& body) {
+  if (p.dtype == Dtype::kBFloat16 && p.lq <= kFewQueries) return body(float{}, std::false_type{});
+  with_compute(p.dtype, body);
+}
+
 }  // namespace
 
 void attention_forward(const AttentionForward& p) {
-  with_compute(p.dtype, [&](auto kind, auto pairs) {
+  with_rows(p, [&](auto kind, auto pairs) {
     over_blocks(p, [&](const Head& h, int64_t begin, int64_t end) {
       forward_rows<decltype(kind), pairs.value>(p, h, begin, end);
     });
@@ -188,7 +256,7 @@ void attention_forward(const AttentionForward& p) {
 }
 
 void attention_weights(const AttentionWeights& p) {
-  with_compute(p.dtype, [&](auto kind, auto pairs) {
+  with_rows(p, [&](auto kind, auto pairs) {
     over_blocks(p, [&](const Head& h, int64_t begin, int64_t end) {
       weights_rows<decltype(kind), pairs.value>(p, h, begin, end);
     });

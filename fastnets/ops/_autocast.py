@@ -10,8 +10,9 @@ def _enabled(device: str) -> bool:
 
 
 def lower(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Casts float32 tensors to autocast's dtype where autocast is on, as for convolution and matrix products."""
-    device = next(t.device.type for t in tensors if t is not None)
+    """Casts float32 tensors, of which the first is there, to autocast's dtype where autocast is on: as for convolution
+    and matrix products."""
+    device = tensors[0].device.type
     if not _enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
@@ -21,8 +22,8 @@ def lower(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def full(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Casts lower precision to float32 where autocast is on, as for softmax."""
-    device = next(t.device.type for t in tensors if t is not None)
+    """Casts lower precision to float32, the first tensor being there, where autocast is on: as for softmax."""
+    device = tensors[0].device.type
     if not _enabled(device):
         return tensors
     low = (torch.bfloat16, torch.float16)

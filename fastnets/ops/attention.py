@@ -135,8 +135,6 @@ def attention(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    for name, tensor in (("query", q), ("key", k), ("value", v)):
-        expect_tensor(tensor, name)
     additive = mask is not None and isinstance(mask, Tensor) and mask.is_floating_point()
     q, k, v, bias = _autocast.lower(q, k, v, mask if additive else None)
     mask = bias if additive else mask
@@ -174,7 +172,9 @@ def attention(
 
 
 @planned
-def _plan(q, k, v, mask, bias_gradient, slopes, varlen, lse, weights, scale, softcap, left, right, offset, dropout, tf32):
+def _plan(
+    q, k, v, mask, bias_gradient, slopes, varlen, lse, weights, scale, softcap, left, right, offset, dropout, tf32
+):
     """The kernels' options and the case; `q` to `mask`: Metadata."""
     _check_heads(q, k, v)
     expect(0.0 <= dropout <= 1.0, "dropout_p", "a probability in [0, 1]", dropout)
@@ -274,17 +274,19 @@ def scaled_dot_product_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Brings torch's many forms of arguments to `attention`'s; see fastnets.functional."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        expect_tensor(tensor, name)
-        expect(tensor.dim() >= 2, name, "at least 2 dimensions [..., L, D]", tensor)
-    expect(not (is_causal and attn_mask is not None), "attn_mask", "None where is_causal is True", "a mask")
+        if not isinstance(tensor, Tensor) or tensor.dim() < 2:
+            expect_tensor(tensor, name)
+            expect(False, name, "at least 2 dimensions [..., L, D]", tensor)
     left, right = _bounds(window_size, is_causal)
     offset: int | None = 0
-    if isinstance(attn_mask, CausalBias):
-        sizes = (attn_mask.seq_len_q, attn_mask.seq_len_kv)
-        lengths = (query.size(-2), key.size(-2))
-        expect(sizes == lengths, "attn_mask", f"a causal bias for lengths {lengths}", f"one for {sizes}")
-        offset = 0 if attn_mask.variant == CausalVariant.UPPER_LEFT else None
-        attn_mask, right = None, 0 if right is None else min(right, 0)
+    if attn_mask is not None:
+        expect(not is_causal, "attn_mask", "None where is_causal is True", "a mask")
+        if isinstance(attn_mask, CausalBias):
+            sizes = (attn_mask.seq_len_q, attn_mask.seq_len_kv)
+            lengths = (query.size(-2), key.size(-2))
+            expect(sizes == lengths, "attn_mask", f"a causal bias for lengths {lengths}", f"one for {sizes}")
+            offset = 0 if attn_mask.variant == CausalVariant.UPPER_LEFT else None
+            attn_mask, right = None, 0 if right is None else min(right, 0)
     options = {
         "dropout": dropout_p,
         "scale": scale,
@@ -295,12 +297,10 @@ def scaled_dot_product_attention(
         "alibi_slopes": alibi_slopes,
         "return_lse": return_lse,
     }
-    if query.dim() == key.dim() == value.dim() == 4:
-        batch, heads = query.shape[:2]
-        shared = key.size(1)
-        alike = key.size(0) == value.size(0) == batch and value.size(1) == shared
-        if alike and (shared == heads or enable_gqa) and shared > 0:
-            return attention(query, key, value, mask=attn_mask, **options)
+    of_q, of_k, of_v = query.shape, key.shape, value.shape
+    alike = len(of_q) == len(of_k) == len(of_v) == 4 and of_q[0] == of_k[0] == of_v[0] and of_k[1] == of_v[1] > 0
+    if alike and (of_q[1] == of_k[1] or enable_gqa):
+        return attention(query, key, value, mask=attn_mask, **options)
     return _broadcast(query, key, value, attn_mask, enable_gqa, options)
 
 

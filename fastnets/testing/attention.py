@@ -204,10 +204,14 @@ CASES = [
     _ours("L33x70 D256, window, ALiBi", (1, 2, 2, 33, 70, 256, 256), slopes=True, window_size=(20, 10)),
     _ours("L70x600, bias, soft cap, grouped", (1, 2, 1, 70, 600, 16, 16), (70, 600), softcap=4.0, quick=False),
     _case("L1x1000 D128, 8 heads on 2", (1, 8, 2, 1, 1000, 128, 128)),
+    # A few queries, as generation asks with.
+    _case("L4x130 D72, Dv 48 of [B, L, H, D], bias", (2, 4, 2, 4, 130, 72, 48), (4, 130), packed=True),
+    _case("L3x130 D33, Dv 40, causal, bottom right", (2, 2, 2, 3, 130, 33, 40), bottom_right=True),
     # What docs/benchmarks times against torch.
     _case("B8 H8 L128 D64", _square(8, 8, 128), quick=False, benchmark=_FLOAT32),
     _case("B1 H8 L1024 D64", _square(1, 8, 1024), quick=False, benchmark=_BOTH),
     _case("B1 H8 L1024 D64, causal", _square(1, 8, 1024), is_causal=True, quick=False, benchmark=_BOTH),
     _case("B1 H8 L4096 D64, causal", _square(1, 8, 4096), is_causal=True, verify=False, benchmark=_FLOAT32),
     _case("B64 H8 L10 D64", _square(64, 8, 10), quick=False, benchmark=_BOTH),
+    _case("B1 H12 L1x1024 D64", (1, 12, 12, 1, 1024, 64, 64), quick=False, benchmark=_BOTH),
 ]

@@ -9,7 +9,6 @@ namespace {
 
 constexpr int64_t kQueries = 256;       // queries in a block: they share every transposed block of keys
 constexpr double kLeastWork = 1 << 17;  // multiply-adds worth waking a thread for
-constexpr int64_t kFewQueries = 4;      // as a model that generates asks with: keys transposed for them cost more
 
 // Scratch memory of one block of queries.
 template <class T>
@@ -29,45 +28,6 @@ struct Block {
   }
 };
 
-// The sum of each of a vector's worth of vectors, in their order: halves are zipped and added.
-template <class T, int kCount = kLanes<T>>
-FASTNETS_INLINE Vec<T> sums_of(Vec<T>* v) {
-  constexpr std::make_integer_sequence<int, kLanes<T>> lanes;
-  if constexpr (kCount > 1) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kCount / 2; ++i) {
-      v[i] = zip<T, 0>(v[i], v[i + kCount / 2], lanes) + zip<T, kLanes<T> / 2>(v[i], v[i + kCount / 2], lanes);
-    }
-    return sums_of<T, kCount / 2>(v);
-  }
-  return v[0];
-}
-
-// scores[j] = the product of q with key j, for j < keys; zeros up to the next full vector.
-template <class T, class S>
-void dot_keys(const T* q, const S* from, int64_t row, int64_t keys, int64_t depth, T* scores) {
-  constexpr int n = kLanes<T>;
-  for (int64_t j = 0; j < keys; j += n, from += n * row) {
-    const int64_t lines = smaller(n, keys - j), whole = lines == n ? depth / n * n : 0;
-    Vec<T> sums[n] = {};
-    for (int64_t c = 0; c < whole; c += n) {
-      const Vec<T> factor = load(q + c);
-#pragma GCC unroll 16
-      for (int i = 0; i < n; ++i) {
-        __builtin_prefetch(from + (n + i) * row + c);
-        sums[i] = fma<T>(load(from + i * row + c), factor, sums[i]);
-      }
-    }
-    for (int64_t c = whole; c < depth; c += n) {
-      const int width = static_cast<int>(smaller(n, depth - c));
-      for (int i = 0; i < lines; ++i) {
-        sums[i] = fma<T>(load_partial(from + i * row + c, width), load(q + c), sums[i]);
-      }
-    }
-    store(scores + j, sums_of<T>(sums));
-  }
-}
-
 // q, and its scores with a block of keys: of pairs, unscaled until then.
 template <class T, bool kPairs>
 struct Queries {
@@ -75,15 +35,15 @@ struct Queries {
   const Scoring<T>& scoring;
   const Block<T>& at;
   const int64_t depth, width;
-  const bool few;  // queries: keys as they lie
+  const bool few;
 
-  Queries(const Attention& params, const Scoring<T>& how, const Block<T>& scratch, int64_t rows)
+  Queries(const Attention& params, const Scoring<T>& how, const Block<T>& scratch)
       : p(params),
         scoring(how),
         at(scratch),
         depth(kPairs ? words(p.d) : p.d),
         width(padded<T>(depth)),
-        few(!kPairs && rows <= kFewQueries) {}
+        few(few_queries(params)) {}
 
   void load(const Head& h, int64_t begin, int64_t rows) const {
     if constexpr (kPairs) return load_words(p.q.data, h.at_q(p.q, begin), p.q.row, rows, p.d, at.q);
@@ -99,15 +59,7 @@ struct Queries {
   }
   // Of rows from ... from + count against n of the keys, which begin at j0.
   FASTNETS_INLINE void score(const Head& h, int64_t j0, int64_t from, int64_t count, int64_t n) const {
-    if (few) {
-      return with_stored<T>(p.dtype, [&](auto kind) {
-        using S = decltype(kind);
-        const S* keys = static_cast<const S*>(p.k.data) + h.at_k(p.k, j0);
-        for (int64_t r = 0; r < count; ++r) {
-          dot_keys(at.q + (from + r) * width, keys, p.k.row, n, depth, at.scores + r * kKeys);
-        }
-      });
-    }
+    if (few) return dot_rows(p.dtype, p.k, h.at_k(p.k, j0), n, p.d, at.q + from * width, width, count, at.scores);
     group_product<T, kPairs>(count, n, depth, {at.q + from * width, width, 1}, at.keys, kKeys, at.scores, kKeys,
                              nullptr, kPairs ? scoring.q_factor : T(1));
   }
@@ -119,7 +71,7 @@ void forward_rows(const AttentionForward& p, const Head& h, int64_t begin, int64
   const Scoring<T> scoring(p);
   const int64_t rows = end - begin, out_width = padded<T>(p.dv);
   const Block<T> at(p, rows);
-  const Queries<T, kPairs> queries(p, scoring, at, rows);
+  const Queries<T, kPairs> queries(p, scoring, at);
   queries.load(h, begin, rows);
   for (int64_t r = 0; r < rows; ++r) at.largest[r] = kMinusInfinity<T>, at.sum[r] = T(0);
   for (int64_t x = 0; x < rows * out_width; x += kLanes<T>) store(at.out + x, Vec<T>{});
@@ -189,7 +141,7 @@ void weights_rows(const AttentionWeights& p, const Head& h, int64_t begin, int64
   const Scoring<T> scoring(p);
   const int64_t rows = end - begin;
   const Block<T> at(p, rows);
-  const Queries<T, kPairs> queries(p, scoring, at, rows);
+  const Queries<T, kPairs> queries(p, scoring, at);
   queries.load(h, begin, rows);
   const T* lse = static_cast<const T*>(p.lse) + h.at_lse(p, begin);
   for (int64_t j0 = 0; j0 < h.lk; j0 += kKeys) {
@@ -238,17 +190,10 @@ void over_blocks(const Attention& p, const Body& body) {
   });
 }
 
-// Calls body(T{}, pairs); few queries do not pay for keys and values laid out in pairs.
-template <class Body>
-void with_rows(const Attention& p, const Body& body) {
-  if (p.dtype == Dtype::kBFloat16 && p.lq <= kFewQueries) return body(float{}, std::false_type{});
-  with_compute(p.dtype, body);
-}
-
 }  // namespace
 
 void attention_forward(const AttentionForward& p) {
-  with_rows(p, [&](auto kind, auto pairs) {
+  with_compute(p, [&](auto kind, auto pairs) {
     over_blocks(p, [&](const Head& h, int64_t begin, int64_t end) {
       forward_rows<decltype(kind), pairs.value>(p, h, begin, end);
     });
@@ -256,7 +201,7 @@ void attention_forward(const AttentionForward& p) {
 }
 
 void attention_weights(const AttentionWeights& p) {
-  with_rows(p, [&](auto kind, auto pairs) {
+  with_compute(p, [&](auto kind, auto pairs) {
     over_blocks(p, [&](const Head& h, int64_t begin, int64_t end) {
       weights_rows<decltype(kind), pairs.value>(p, h, begin, end);
     });

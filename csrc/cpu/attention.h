@@ -88,10 +88,15 @@ FASTNETS_INLINE void with_stored(Dtype dtype, Body&& body) {
   }
 }
 
-// Calls body(T{}, pairs) with the type that arithmetic on dtype runs in, and whether it is done in pairs.
+// A few queries, as a model that generates asks with, meet keys and values as they lie: transposed, or laid out in
+// pairs, these would cost more than they gain.
+inline bool few_queries(const Attention& p) { return p.lq <= 4; }
+
+// Calls body(T{}, pairs) with the type that p's arithmetic runs in, and whether it is done in pairs.
 template <class Body>
-FASTNETS_INLINE void with_compute(Dtype dtype, Body&& body) {
-  if (kHasPairs && dtype == Dtype::kBFloat16) {
+FASTNETS_INLINE void with_compute(const Attention& p, Body&& body) {
+  const Dtype dtype = p.dtype;
+  if (kHasPairs && dtype == Dtype::kBFloat16 && !few_queries(p)) {
     body(float{}, std::bool_constant<kHasPairs>{});
   } else if (dtype == Dtype::kFloat64) {
     body(double{}, std::false_type{});
@@ -323,6 +328,58 @@ void product(int64_t rows, int64_t cols, int64_t depth, Left<T> a, const T* b, i
   in_groups(rows, [&](int64_t begin, int64_t end) {
     group_product<T, kPairs>(end - begin, cols, depth, {a.data + begin * a.row, a.row, a.col}, b, b_row,
                              c + begin * c_row, c_row, accumulate ? ones : nullptr, scale);
+  });
+}
+
+// ---- few rows ---------------------------------------------------------------------------------------------------
+
+// The sum of each of a vector's worth of vectors, in their order: halves are zipped and added.
+template <class T, int kCount = kLanes<T>>
+FASTNETS_INLINE Vec<T> sums_of(Vec<T>* v) {
+  constexpr std::make_integer_sequence<int, kLanes<T>> lanes;
+  if constexpr (kCount > 1) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kCount / 2; ++i) {
+      v[i] = zip<T, 0>(v[i], v[i + kCount / 2], lanes) + zip<T, kLanes<T> / 2>(v[i], v[i + kCount / 2], lanes);
+    }
+    return sums_of<T, kCount / 2>(v);
+  }
+  return v[0];
+}
+
+// scores[j] = the product of q with key j, for j < keys; zeros up to the next full vector.
+template <class T, class S>
+void dot_keys(const T* q, const S* from, int64_t row, int64_t keys, int64_t depth, T* scores) {
+  constexpr int n = kLanes<T>;
+  for (int64_t j = 0; j < keys; j += n, from += n * row) {
+    const int64_t lines = smaller(n, keys - j), whole = lines == n ? depth / n * n : 0;
+    Vec<T> sums[n] = {};
+    for (int64_t c = 0; c < whole; c += n) {
+      const Vec<T> factor = load(q + c);
+#pragma GCC unroll 16
+      for (int i = 0; i < n; ++i) {
+        __builtin_prefetch(from + (n + i) * row + c);
+        sums[i] = fma<T>(load(from + i * row + c), factor, sums[i]);
+      }
+    }
+    for (int64_t c = whole; c < depth; c += n) {
+      const int width = static_cast<int>(smaller(n, depth - c));
+      for (int i = 0; i < lines; ++i) {
+        sums[i] = fma<T>(load_partial(from + i * row + c, width), load(q + c), sums[i]);
+      }
+    }
+    store(scores + j, sums_of<T>(sums));
+  }
+}
+
+// The same of `count` rows, kKeys scores each, with x's keys from `at` on.
+template <class T>
+void dot_rows(Dtype dtype, const AttentionArray& x, int64_t at, int64_t keys, int64_t depth, const T* rows,
+              int64_t rows_row, int64_t count, T* scores) {
+  with_stored<T>(dtype, [&](auto kind) {
+    using S = decltype(kind);
+    const S* from = static_cast<const S*>(x.data) + at;
+    for (int64_t r = 0; r < count; ++r) dot_keys(rows + r * rows_row, from, x.row, keys, depth, scores + r * kKeys);
   });
 }
 

@@ -71,6 +71,7 @@ struct Tile {
     }
   }
   void load_keys(const Head& h, int64_t j0, int64_t n) {
+    if (few_queries(p)) return;
     load_across(p.k, h.at_k(p.k, j0), n, p.d, grad_k, keys_across);
     load_across(p.v, h.at_k(p.v, j0), n, p.dv, grad_v, values_across);
   }
@@ -101,10 +102,15 @@ struct Tile {
 
   // Of the loaded queries and keys: the weights (after dropout), and the gradient of the scores as the mask meets them.
   void run(const Head& h, int64_t i0, int64_t rows, int64_t j0, int64_t n, const T* subtract, const T* shift) {
-    product<T, kPairs>(rows, n, depth, {q, padded<T>(depth), 1}, keys_across, kKeys, weights, kKeys, false,
-                       kPairs ? scoring.q_factor : T(1));
-    product<T, kPairs>(rows, n, out_depth, {grad_out, padded<T>(out_depth), 1}, values_across, kKeys, grad_scores,
-                       kKeys, false);
+    if (few_queries(p)) {
+      dot_rows(p.dtype, p.k, h.at_k(p.k, j0), n, p.d, q, width, rows, weights);
+      dot_rows(p.dtype, p.v, h.at_k(p.v, j0), n, p.dv, grad_out, out_width, rows, grad_scores);
+    } else {
+      product<T, kPairs>(rows, n, depth, {q, padded<T>(depth), 1}, keys_across, kKeys, weights, kKeys, false,
+                         kPairs ? scoring.q_factor : T(1));
+      product<T, kPairs>(rows, n, out_depth, {grad_out, padded<T>(out_depth), 1}, values_across, kKeys, grad_scores,
+                         kKeys, false);
+    }
     for (int64_t r = 0; r < rows; ++r) {
       T *s = weights + r * kKeys, *grad = grad_scores + r * kKeys;
       if (scoring.cap != T(0)) {
@@ -348,7 +354,7 @@ void mask_gradient(const AttentionBackward& p) {
 
 void attention_backward(const AttentionBackward& p) {
   constexpr double least_work = 1 << 16;  // multiply-adds worth waking a thread for
-  with_compute(p.dtype, [&](auto kind, auto pairs) {
+  with_compute(p, [&](auto kind, auto pairs) {
     using T = decltype(kind);
     const int64_t kv_heads = p.heads / p.groups;
     const double work = 3.0 * p.lq * p.lk * p.groups * (p.d + p.dv + 1) / (p.starts_q ? p.batch : p.splits);

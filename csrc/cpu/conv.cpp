@@ -43,13 +43,7 @@ void tiles_of(int64_t tiles, const T* const* rows, const Run* runs, int64_t coun
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        if (stream) {
-          fastnets::FASTNETS_ISA::stream(to[r] + v * lanes, sum[r][v]);
-        } else {
-          store(to[r] + v * lanes, sum[r][v]);
-        }
-      }
+      for (int v = 0; v < kVectors; ++v) put(to[r] + v * lanes, sum[r][v], stream);
     }
   }
 }

@@ -330,6 +330,15 @@ void pack_weight(const Phase& phase, const S* weight, T* packed) {
   });
 }
 
+// Stores a vector of results, past the caches where it `streams` (of the type that arithmetic runs in).
+template <class S>
+FASTNETS_INLINE void put(S* to, Vec<Compute<S>> v, bool streams) {
+  if constexpr (std::is_same_v<S, Compute<S>>) {
+    if (streams) return stream(to, v);
+  }
+  store(to, v);
+}
+
 // Writes sums [pixel][vectors * lanes] to the result's channels from `first`, through the epilogue.
 template <class T, class S>
 struct Finish {

@@ -98,13 +98,7 @@ struct ChannelsTile {
       for (int v = 0; v < kTileVectors; ++v) {
         const int64_t at = to + r * step + v * kLanes<T>;
         if (kWhole && plain) {
-          if constexpr (std::is_same_v<S, T>) {
-            if (streams) {
-              stream(static_cast<S*>(phase.p.result) + at, sum[r][v]);
-              continue;
-            }
-          }
-          store(static_cast<S*>(phase.p.result) + at, sum[r][v]);
+          put(static_cast<S*>(phase.p.result) + at, sum[r][v], streams);
         } else {
           finish.write(sum[r][v], at, lanes_of<T>(columns, v), 1);
         }

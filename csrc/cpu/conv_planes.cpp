@@ -58,13 +58,7 @@ struct PlanesTile {
             store_partial<S>(to + pixels[v].to, sum[r][v], pixels[v].lanes);
             continue;
           }
-          if constexpr (std::is_same_v<S, T>) {
-            if (stream) {
-              fastnets::FASTNETS_ISA::stream(to + pixels[v].to, sum[r][v]);
-              continue;
-            }
-          }
-          store(to + pixels[v].to, sum[r][v]);
+          put(to + pixels[v].to, sum[r][v], stream);
         }
       }
       return;

@@ -1,13 +1,13 @@
 #include "runtime.h"
 
 #include <pthread.h>
-#include <sched.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <thread>
 
 namespace fastnets {
 namespace {
@@ -80,7 +80,7 @@ struct Phases {
         const bool absent = pieces[i].absent.load(std::memory_order_relaxed);
         if ((absent || waited > kPatience) && take(phase, i)) pieces[i].absent.store(true, std::memory_order_relaxed);
       }
-      ++waited > kYields ? static_cast<void>(sched_yield()) : pause();
+      ++waited > kYields ? std::this_thread::yield() : pause();
     }
   }
 };

@@ -560,7 +560,7 @@ def test_results_past_the_caches(name, channels_last):
     torch.testing.assert_close(y, torch.nn.functional.conv2d(x, weight, bias, **options), rtol=1e-4, atol=1e-4)
 
 
-SKIPPED = {  # tensors that a kernel's plane reaches a part of: x, weight, options
+PARTLY_REACHED = {  # tensors that a kernel's plane reaches a part of: x, weight, options
     "conv3d": (
         (2, 15, 3, 7, 9),
         (24, 5, 2, 2, 4),
@@ -574,10 +574,10 @@ SKIPPED = {  # tensors that a kernel's plane reaches a part of: x, weight, optio
 }
 
 
-@pytest.mark.parametrize("name", SKIPPED)
+@pytest.mark.parametrize("name", PARTLY_REACHED)
 def test_planes_that_few_taps_reach(name):
     """Images lie in a row where each is one plane of results, and here it is one of several."""
-    sizes, weight_sizes, options = SKIPPED[name]
+    sizes, weight_sizes, options = PARTLY_REACHED[name]
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(sizes, generator=generator, requires_grad=True)
     weight = torch.randn(weight_sizes, generator=generator, requires_grad=True)

@@ -35,22 +35,16 @@ struct Queries {
   const Scoring<T>& scoring;
   const Block<T>& at;
   const int64_t depth, width;
-  const bool few;
 
   Queries(const Attention& params, const Scoring<T>& how, const Block<T>& scratch)
-      : p(params),
-        scoring(how),
-        at(scratch),
-        depth(kPairs ? words(p.d) : p.d),
-        width(padded<T>(depth)),
-        few(few_queries(params)) {}
+      : p(params), scoring(how), at(scratch), depth(kPairs ? words(p.d) : p.d), width(padded<T>(depth)) {}
 
   void load(const Head& h, int64_t begin, int64_t rows) const {
     if constexpr (kPairs) return load_words(p.q.data, h.at_q(p.q, begin), p.q.row, rows, p.d, at.q);
     load_rows<T>(p.dtype, p.q.data, h.at_q(p.q, begin), p.q.row, rows, p.d, scoring.q_factor, at.q);
   }
   void load_keys(const Head& h, int64_t j0, int64_t keys) const {
-    if (few) return;
+    if (few_queries(p)) return;
     if constexpr (kPairs) {
       load_words(p.k.data, h.at_k(p.k, j0), p.k.row, keys, p.d, at.staged);
       return load_transposed<T>(Dtype::kFloat32, at.staged, 0, width, keys, depth, at.keys);
@@ -59,7 +53,9 @@ struct Queries {
   }
   // Of rows from ... from + count against n of the keys, which begin at j0.
   FASTNETS_INLINE void score(const Head& h, int64_t j0, int64_t from, int64_t count, int64_t n) const {
-    if (few) return dot_rows(p.dtype, p.k, h.at_k(p.k, j0), n, p.d, at.q + from * width, width, count, at.scores);
+    if (few_queries(p)) {
+      return dot_rows(p.dtype, p.k, h.at_k(p.k, j0), n, p.d, at.q + from * width, width, count, at.scores);
+    }
     group_product<T, kPairs>(count, n, depth, {at.q + from * width, width, 1}, at.keys, kKeys, at.scores, kKeys,
                              nullptr, kPairs ? scoring.q_factor : T(1));
   }
@@ -76,7 +72,8 @@ void forward_rows(const AttentionForward& p, const Head& h, int64_t begin, int64
   for (int64_t r = 0; r < rows; ++r) at.largest[r] = kMinusInfinity<T>, at.sum[r] = T(0);
   for (int64_t x = 0; x < rows * out_width; x += kLanes<T>) store(at.out + x, Vec<T>{});
 
-  const bool values_lie_ready = p.dtype == (sizeof(T) == 8 ? Dtype::kFloat64 : Dtype::kFloat32) && p.dv == out_width;
+  const Dtype own = sizeof(T) == 8 ? Dtype::kFloat64 : Dtype::kFloat32;
+  const bool values_in_place = few_queries(p) && p.dtype == own && p.dv == out_width;
   const Span span = visible(p, h, begin, end);
   for (int64_t j0 = span.first / kKeys * kKeys; j0 < span.last; j0 += kKeys) {
     const int64_t keys = smaller(kKeys, span.last - j0);
@@ -85,7 +82,7 @@ void forward_rows(const AttentionForward& p, const Head& h, int64_t begin, int64
     int64_t values_row = out_width;
     if constexpr (kPairs) {
       load_row_pairs(p.v.data, h.at_k(p.v, j0), p.v.row, keys, p.dv, at.values);
-    } else if (queries.few && values_lie_ready) {
+    } else if (values_in_place) {
       values = static_cast<const T*>(p.v.data) + h.at_k(p.v, j0), values_row = p.v.row;
     } else {
       load_rows<T>(p.dtype, p.v.data, h.at_k(p.v, j0), p.v.row, keys, p.dv, T(1), at.values);

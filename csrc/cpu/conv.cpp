@@ -99,10 +99,11 @@ void compute(const Phase& phase, const Block& block, int64_t image, int64_t grou
     if (shape.channels_last) finish.results().take(tiles * rows, result, at);
     // Sums for the channels' places are finished a tile at a time, while they are near.
     const bool near = shape.channels_last && !direct;
-    T* to[kBlockPixels];
-    for (int64_t q = 0; q < tiles * rows; ++q) {
-      to[q] = direct ? reinterpret_cast<T*>(at[q]) : sums + (near ? q % rows : q) * vectors * kLanes<T>;
+    T* of_sums[kBlockPixels];
+    for (int64_t q = 0; q < (direct ? 0 : tiles * rows); ++q) {
+      of_sums[q] = sums + (near ? q % rows : q) * vectors * kLanes<T>;
     }
+    T* const* const to = direct ? reinterpret_cast<T* const*>(at) : of_sums;
     const int64_t together = near ? 1 : tiles;
     for (int64_t q = 0; q < tiles * rows; q += together * rows) {
       if (vectors == kTileVectors) {

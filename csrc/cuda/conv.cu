@@ -107,6 +107,7 @@ class PlanesFeed {
 
   template <class P>
   __device__ __forceinline__ void copy(int step) const {
+    static_assert(kStageDepth<T> % P::kStep == 0);
     const A a = ring_.a(step);
 #pragma unroll
     for (int i = 0; i < kStageDepth<T> / P::kStep; ++i) {

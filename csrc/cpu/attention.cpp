@@ -10,127 +10,209 @@ namespace {
 constexpr int64_t kQueries = 256;       // queries in a block: they share every transposed block of keys
 constexpr double kLeastWork = 1 << 17;  // multiply-adds worth waking a thread for
 
+// A row's weights are relative to a score that only one larger by this (a factor of 2^8) replaces: after the first block
+// hardly any does, and what came before keeps its scale. Of pairs every larger one does: the largest weight is 1, which
+// rounding to bfloat16 leaves as it is.
+template <class T, bool kPairs>
+constexpr T kSlack = kPairs ? 0 : 8;
+
 // Scratch memory of one block of queries.
 template <class T>
 struct Block {
-  T *q, *out, *keys, *values, *scores, *largest, *sum, *keep;
-  T *rounded, *staged;  // of pairs: a group's weights, keys before they are transposed
+  T *q, *out, *keys, *values, *scores, *largest, *sums, *keep;
+  T* staged;  // keys before they are transposed
 
   Block(const Attention& p, int64_t rows) {
-    const int64_t counts[] = {rows * padded<T>(p.d), rows * padded<T>(p.dv), p.d * kKeys,     kKeys * padded<T>(p.dv),
-                              kGroupRows * kKeys,    padded<T>(rows),        padded<T>(rows), kKeys,
-                              kGroupRows * kKeys,    kKeys * padded<T>(p.d)};
-    T** const pieces[] = {&q, &out, &keys, &values, &scores, &largest, &sum, &keep, &rounded, &staged};
+    const int64_t counts[] = {rows * padded<T>(p.d),  rows * padded<T>(p.dv), p.d * kKeys,
+                              kKeys * padded<T>(p.dv), 2 * kGroupRows * kKeys, padded<T>(rows),
+                              rows * kLanes<T>,        kKeys,                  kKeys * padded<T>(p.d)};
+    T** const pieces[] = {&q, &out, &keys, &values, &scores, &largest, &sums, &keep, &staged};
     size_t bytes = 0;
     for (const int64_t count : counts) bytes += Arena::bytes<T>(count);
     Arena arena(0, bytes);
-    for (int i = 0; i < 10; ++i) *pieces[i] = arena.take<T>(counts[i]);
+    for (int i = 0; i < 9; ++i) *pieces[i] = arena.take<T>(counts[i]);
   }
 };
 
-// q, and its scores with a block of keys: of pairs, unscaled until then.
+// Rows of q, and their scores with a block of keys.
 template <class T, bool kPairs>
 struct Queries {
   const Attention& p;
   const Scoring<T>& scoring;
   const Block<T>& at;
-  const int64_t depth, width;
+  const int64_t depth;
+  Rows<T> q{};
 
   Queries(const Attention& params, const Scoring<T>& how, const Block<T>& scratch)
-      : p(params), scoring(how), at(scratch), depth(kPairs ? words(p.d) : p.d), width(padded<T>(depth)) {}
+      : p(params), scoring(how), at(scratch), depth(kPairs ? words(p.d) : p.d) {}
 
-  void load(const Head& h, int64_t begin, int64_t rows) const {
-    if constexpr (kPairs) return load_words(p.q.data, h.at_q(p.q, begin), p.q.row, rows, p.d, at.q);
-    load_rows<T>(p.dtype, p.q.data, h.at_q(p.q, begin), p.q.row, rows, p.d, scoring.q_factor, at.q);
+  void load(const Head& h, int64_t begin, int64_t rows) {
+    const int64_t first = h.at_q(p.q, begin);
+    if constexpr (kPairs) {
+      q = words_of(p.q, first, rows, p.d, at.q);
+    } else {
+      q = rows_of<T>(p, p.q, first, rows, p.d, at.q);
+    }
   }
   void load_keys(const Head& h, int64_t j0, int64_t keys) const {
     if (few_queries(p)) return;
-    if constexpr (kPairs) {
-      load_words(p.k.data, h.at_k(p.k, j0), p.k.row, keys, p.d, at.staged);
-      return load_transposed<T>(Dtype::kFloat32, at.staged, 0, width, keys, depth, at.keys);
-    }
+    if constexpr (kPairs) return load_words_across(p.k, h.at_k(p.k, j0), keys, p.d, at.staged, at.keys);
     load_transposed<T>(p.dtype, p.k.data, h.at_k(p.k, j0), p.k.row, keys, p.d, at.keys);
   }
-  // Of rows from ... from + count against n of the keys, which begin at j0.
-  FASTNETS_INLINE void score(const Head& h, int64_t j0, int64_t from, int64_t count, int64_t n) const {
+  // Of rows from ... from + count against n of the keys, which begin at j0; kKeys a row.
+  FASTNETS_INLINE void score(const Head& h, int64_t j0, int64_t from, int64_t count, int64_t n, T* scores) const {
+    const T* rows = q.data + from * q.row;
     if (few_queries(p)) {
-      return dot_rows(p.dtype, p.k, h.at_k(p.k, j0), n, p.d, at.q + from * width, width, count, at.scores);
+      return dot_rows<T>(p.dtype, p.k, h.at_k(p.k, j0), n, p.d, {rows, q.row}, count, scoring.unit, scores);
     }
-    group_product<T, kPairs>(count, n, depth, {at.q + from * width, width, 1}, at.keys, kKeys, at.scores, kKeys,
-                             nullptr, kPairs ? scoring.q_factor : T(1));
+    group_product<T, kPairs>(count, n, depth, {rows, q.row, 1}, at.keys, kKeys, scores, kKeys, nullptr, scoring.unit);
   }
 };
 
-// Rows begin ... end of one head.
-template <class T, bool kPairs>
-void forward_rows(const AttentionForward& p, const Head& h, int64_t begin, int64_t end) {
-  const Scoring<T> scoring(p);
-  const int64_t rows = end - begin, out_width = padded<T>(p.dv);
-  const Block<T> at(p, rows);
-  const Queries<T, kPairs> queries(p, scoring, at);
-  queries.load(h, begin, rows);
-  for (int64_t r = 0; r < rows; ++r) at.largest[r] = kMinusInfinity<T>, at.sum[r] = T(0);
-  for (int64_t x = 0; x < rows * out_width; x += kLanes<T>) store(at.out + x, Vec<T>{});
+// A group of rows that meets a block of keys.
+template <class T>
+struct Group {
+  T* scores;  // [count, kKeys], then their weights
+  int64_t from, count, n;
+  alignas(64) T shrink[16];  // what the rows' former sums are multiplied with
+};
 
-  const Dtype own = sizeof(T) == 8 ? Dtype::kFloat64 : Dtype::kFloat32;
-  const bool values_in_place = few_queries(p) && p.dtype == own && p.dv == out_width;
-  const Span span = visible(p, h, begin, end);
-  for (int64_t j0 = span.first / kKeys * kKeys; j0 < span.last; j0 += kKeys) {
-    const int64_t keys = smaller(kKeys, span.last - j0);
-    queries.load_keys(h, j0, keys);
-    const T* values = at.values;
-    int64_t values_row = out_width;
-    if constexpr (kPairs) {
-      load_row_pairs(p.v.data, h.at_k(p.v, j0), p.v.row, keys, p.dv, at.values);
-    } else if (values_in_place) {
-      values = static_cast<const T*>(p.v.data) + h.at_k(p.v, j0), values_row = p.v.row;
-    } else {
-      load_rows<T>(p.dtype, p.v.data, h.at_k(p.v, j0), p.v.row, keys, p.dv, T(1), at.values);
+// Rows begin ... begin + rows of one head.
+template <class T, bool kPairs>
+class Forward {
+ public:
+  Forward(const AttentionForward& params, const Head& head, int64_t first, int64_t end)
+      : p(params),
+        h(head),
+        begin(first),
+        rows(end - first),
+        width(padded<T>(params.dv)),
+        scoring(params),
+        at(params, rows),
+        queries(params, scoring, at) {}
+
+  void run() {
+    queries.load(h, begin, rows);
+    for (int64_t r = 0; r < rows; ++r) at.largest[r] = kMinusInfinity<T>, store(at.sums + r * kLanes<T>, Vec<T>{});
+    for (int64_t x = 0; x < rows * width; x += kLanes<T>) store(at.out + x, Vec<T>{});
+    const Span span = visible(p, h, begin, begin + rows);
+    for (int64_t j0 = span.first / kKeys * kKeys; j0 < span.last; j0 += kKeys) {
+      meet(j0, smaller(kKeys, span.last - j0));
     }
+    finish();
+  }
+
+ private:
+  const AttentionForward& p;
+  const Head& h;
+  const int64_t begin, rows, width;
+  const Scoring<T> scoring;
+  const Block<T> at;
+  Queries<T, kPairs> queries;
+  Rows<T> values{};
+
+  // A group's scores, weights and sums wait for one another. Between them stands the neighbour's work.
+  void meet(int64_t j0, int64_t keys) {
+    queries.load_keys(h, j0, keys);
+    load_values(j0, keys);
+    Group<T> groups[2];
+    groups[0].scores = at.scores, groups[1].scores = at.scores + kGroupRows * kKeys;
+    int met = 0;
     in_groups(rows, [&](int64_t from, int64_t to) {
       const Span seen = visible(p, h, begin + from, begin + to);
-      const int64_t n = smaller(keys, seen.last - j0), count = to - from;
+      const int64_t n = smaller(keys, seen.last - j0);
       if (n <= 0 || seen.first >= j0 + keys) return;
-      queries.score(h, j0, from, count, n);
-      alignas(64) T shrink[16] = {}, sums[kGroupRows], tops[kGroupRows];
-      for (int64_t r = 0; r < count; ++r) {  // apart from what follows: the rows' latencies overlap
-        T* s = at.scores + r * kKeys;
-        if (scoring.cap != T(0)) scoring.squash(s, n);
-        scoring.finish(h, begin + from + r, j0, n, s);
-        tops[r] = largest_of<T>(s, n);
-      }
-      for (int64_t r = 0; r < count; ++r) {
-        T* s = at.scores + r * kKeys;
-        shrink[r] = absorb<T, kPairs>(s, n, tops[r], at.largest + from + r, sums + r);
-        if (p.dropout != 0) {
-          scoring.keep(h, begin + from + r, j0, at.keep);
-          for (int64_t c = 0; c < n; c += kLanes<T>) store(s + c, load(s + c) * load(at.keep + c));
-        }
-      }
-      for (int64_t r = 0; r < count; r += kLanes<T>) store(shrink + r, exp2<T>(load(shrink + r)));
-      for (int64_t r = 0; r < count; ++r) at.sum[from + r] = at.sum[from + r] * shrink[r] + sums[r];
-      const T* weights = at.scores;
-#if defined(__AVX512BF16__)
-      if constexpr (kPairs) {
-        for (int64_t r = 0; r < count; ++r) round_words(at.scores + r * kKeys, n, at.rounded + r * kKeys);
-        weights = at.rounded;
-      }
-#endif
-      group_product<T, kPairs>(count, p.dv, kPairs ? words(n) : n, {weights, kKeys, 1}, values, values_row,
-                               at.out + from * out_width, out_width, shrink);
+      Group<T>& group = groups[met % 2];
+      group.from = from, group.count = to - from, group.n = n;
+      queries.score(h, j0, from, group.count, n, group.scores);
+      if (met > 0) add_values(groups[(met - 1) % 2]);
+      weigh(j0, group);
+      ++met;
     });
+    if (met > 0) add_values(groups[(met - 1) % 2]);
   }
 
-  T* lse = static_cast<T*>(p.lse) + h.at_lse(p, begin);
-  for (int64_t r = 0; r < rows; ++r) {
-    const T sum = at.sum[r];
-    // In log2, as the scores are: the backward pass finds a weight of 1 again to the last bit. Rounded once.
-    const double log_sum = static_cast<double>(at.largest[r]) + __builtin_log2(static_cast<double>(sum));
-    lse[r] = sum == T(0) ? kMinusInfinity<T> : static_cast<T>(log_sum);
-    at.sum[r] = sum == T(0) ? T(0) : T(1) / sum;
+  void load_values(int64_t j0, int64_t keys) {
+    const int64_t first = h.at_k(p.v, j0);
+    if constexpr (kPairs) {
+      load_row_pairs(p.v.data, first, p.v.row, keys, p.dv, at.values);
+      values = {at.values, width};
+    } else {
+      values = rows_of<T>(p, p.v, first, keys, p.dv, at.values);
+    }
   }
-  store_rows<T>(p.dtype, p.out.data, h.at_q(p.out, begin), p.out.row, rows, p.dv, at.out, out_width, at.sum, 1);
-}
+
+  void weigh(int64_t j0, Group<T>& g) const {
+    const int64_t i = begin + g.from;
+    const bool plain = g.n == kKeys && p.dropout == 0 && scoring.finished(h, i, i + g.count, j0, kKeys);
+    plain ? weigh<true>(j0, g) : weigh<false>(j0, g);
+  }
+
+  // kPlain: a whole block whose scores are finished, without dropout.
+  template <bool kPlain>
+  FASTNETS_INLINE void weigh(int64_t j0, Group<T>& g) const {
+    T* const largest = at.largest + g.from;
+    const int64_t n = kPlain ? kKeys : g.n;
+    bool replaced = false;
+    for (int64_t r = 0; r < g.count; ++r) {
+      T* s = g.scores + r * kKeys;
+      if (!kPlain) scoring.finish(h, begin + g.from + r, j0, n, s);
+      const Vec<T> tops = tops_of<T>(s, n);
+      g.shrink[r] = T(1);
+      if (!any_greater<T>(tops, broadcast<T>(largest[r] + kSlack<T, kPairs>))) continue;
+      const T top = reduce_max<T>(tops);
+      g.shrink[r] = exp2<T>(broadcast<T>(largest[r] - top))[0];
+      largest[r] = top;
+      replaced = true;
+    }
+    for (int64_t r = 0; r < g.count; ++r) {
+      T* s = g.scores + r * kKeys;
+      // A row that has seen nothing: every weight is 2^-inf = 0.
+      const T shift = largest[r] == kMinusInfinity<T> ? T(0) : largest[r];
+      const bool dropped = !kPlain && p.dropout != 0;
+      if (dropped) scoring.keep(h, begin + g.from + r, j0, at.keep);
+      T* const sums = at.sums + (g.from + r) * kLanes<T>;
+      Vec<T> sum = load(sums);
+      if (replaced) sum *= g.shrink[r];
+      const auto weight = [&](int64_t c) __attribute__((always_inline)) {
+        const Vec<T> e = exp2<T, kPairs>(load(s + c) - shift);
+        sum += e;
+        return dropped ? e * load(at.keep + c) : e;
+      };
+#if defined(__AVX512BF16__)
+      if constexpr (kPairs) {
+#pragma GCC unroll 4
+        for (int64_t c = 0; c < n; c += 2 * kLanes<T>) {
+          const Vec<T> first = weight(c);
+          store(s + c / 2, round_pairs(first, c + kLanes<T> < n ? weight(c + kLanes<T>) : Vec<T>{}));
+        }
+      }
+#endif
+      if constexpr (!kPairs) {
+#pragma GCC unroll 4
+        for (int64_t c = 0; c < n; c += kLanes<T>) store(s + c, weight(c));
+      }
+      store(sums, sum);
+    }
+  }
+
+  void add_values(const Group<T>& g) const {
+    group_product<T, kPairs>(g.count, p.dv, kPairs ? words(g.n) : g.n, {g.scores, kKeys, 1}, values.data, values.row,
+                             at.out + g.from * width, width, g.shrink);
+  }
+
+  void finish() const {
+    T* lse = static_cast<T*>(p.lse) + h.at_lse(p, begin);
+    for (int64_t r = 0; r < rows; ++r) {
+      const T sum = reduce_add<T>(load(at.sums + r * kLanes<T>));
+      // In log2, as the scores are: the backward pass finds a weight of 1 again to the last bit. Rounded once.
+      const double log_sum = static_cast<double>(at.largest[r]) + __builtin_log2(static_cast<double>(sum));
+      lse[r] = sum == T(0) ? kMinusInfinity<T> : static_cast<T>(log_sum);
+      at.largest[r] = sum == T(0) ? T(0) : T(1) / sum;
+    }
+    store_rows<T>(p.dtype, p.out.data, h.at_q(p.out, begin), p.out.row, rows, p.dv, at.out, width, at.largest, 1);
+  }
+};
 
 // Rows begin ... end of one head's weights.
 template <class T, bool kPairs>
@@ -138,17 +220,16 @@ void weights_rows(const AttentionWeights& p, const Head& h, int64_t begin, int64
   const Scoring<T> scoring(p);
   const int64_t rows = end - begin;
   const Block<T> at(p, rows);
-  const Queries<T, kPairs> queries(p, scoring, at);
+  Queries<T, kPairs> queries(p, scoring, at);
   queries.load(h, begin, rows);
   const T* lse = static_cast<const T*>(p.lse) + h.at_lse(p, begin);
   for (int64_t j0 = 0; j0 < h.lk; j0 += kKeys) {
     const int64_t n = smaller(kKeys, h.lk - j0);
     queries.load_keys(h, j0, n);
     in_groups(rows, [&](int64_t from, int64_t to) {
-      queries.score(h, j0, from, to - from, n);
+      queries.score(h, j0, from, to - from, n, at.scores);
       for (int64_t r = from; r < to; ++r) {
         T* s = at.scores + (r - from) * kKeys;
-        if (scoring.cap != T(0)) scoring.squash(s, n);
         scoring.finish(h, begin + r, j0, n, s);
         const T shift = lse[r] == kMinusInfinity<T> ? T(0) : lse[r];
         if (p.dropout != 0) scoring.keep(h, begin + r, j0, at.keep);
@@ -192,7 +273,7 @@ void over_blocks(const Attention& p, const Body& body) {
 void attention_forward(const AttentionForward& p) {
   with_compute(p, [&](auto kind, auto pairs) {
     over_blocks(p, [&](const Head& h, int64_t begin, int64_t end) {
-      forward_rows<decltype(kind), pairs.value>(p, h, begin, end);
+      Forward<decltype(kind), pairs.value>(p, h, begin, end).run();
     });
   });
 }

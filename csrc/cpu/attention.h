@@ -105,18 +105,37 @@ FASTNETS_INLINE void with_compute(const Attention& p, Body&& body) {
   }
 }
 
-// to[r][c] = from[r][c] * factor; columns up to the next full vector are zero.
+// to[r][c] = from[r][c]; columns up to the next full vector are zero.
 template <class T>
-void load_rows(Dtype dtype, const void* data, int64_t at, int64_t row, int64_t rows, int64_t cols, T factor, T* to) {
+void load_rows(Dtype dtype, const void* data, int64_t at, int64_t row, int64_t rows, int64_t cols, T* to) {
   with_stored<T>(dtype, [&](auto kind) {
     using S = decltype(kind);
     const S* from = static_cast<const S*>(data) + at;
     for (int64_t r = 0; r < rows; ++r, from += row, to += padded<T>(cols)) {
       int64_t c = 0;
-      for (; c + kLanes<T> <= cols; c += kLanes<T>) store(to + c, load(from + c) * factor);
-      if (c < cols) store(to + c, load_partial(from + c, static_cast<int>(cols - c)) * factor);
+      for (; c + kLanes<T> <= cols; c += kLanes<T>) store(to + c, load(from + c));
+      if (c < cols) store(to + c, load_partial(from + c, static_cast<int>(cols - c)));
     }
   });
+}
+
+// Rows as arithmetic reads them: element (r, c) is data[r * row + c].
+template <class T>
+struct Rows {
+  const T* data;
+  int64_t row;
+};
+
+// x's rows from `at` on, which lie where they are if they are whole vectors of T, close together or few; else `to`
+// receives them.
+template <class T>
+Rows<T> rows_of(const Attention& p, const AttentionArray& x, int64_t at, int64_t rows, int64_t cols, T* to) {
+  constexpr Dtype own = sizeof(T) == 8 ? Dtype::kFloat64 : Dtype::kFloat32;
+  if (p.dtype == own && cols == padded<T>(cols) && (x.row == cols || few_queries(p))) {
+    return {static_cast<const T*>(x.data) + at, x.row};
+  }
+  load_rows<T>(p.dtype, x.data, at, x.row, rows, cols, to);
+  return {to, padded<T>(cols)};
 }
 
 // Lanes from kFirst on of a and b in turn.
@@ -199,45 +218,71 @@ inline void load_words(const void* data, int64_t at, int64_t row, int64_t rows, 
   }
 }
 
-// The pairs of two vectors, lane by lane; of floats that are bfloat16.
-FASTNETS_INLINE Vec<float> pair(Vec<float> first, Vec<float> second) {
-  const Vec<int32_t> low = reinterpret_cast<Vec<int32_t>>(first), high = reinterpret_cast<Vec<int32_t>>(second);
-  return reinterpret_cast<Vec<float>>((low >> 16 & 0xffff) | high);
+// The words of x's rows from `at` on, where they are if they lie at even places; else `to` receives them.
+inline Rows<float> words_of(const AttentionArray& x, int64_t at, int64_t rows, int64_t cols, float* to) {
+  if (at % 2 == 0 && x.row % 2 == 0 && cols % 2 == 0) return {static_cast<const float*>(x.data) + at / 2, x.row / 2};
+  load_words(x.data, at, x.row, rows, cols, to);
+  return {to, padded<float>(words(cols))};
+}
+
+// to[c][r] = the pair from[r][2 c], from[r][2 c + 1], with kKeys columns a row of `to`; `staged` has room for the rows.
+inline void load_words_across(const AttentionArray& x, int64_t at, int64_t rows, int64_t cols, float* staged,
+                              float* to) {
+  const Rows<float> from = words_of(x, at, rows, cols, staged);
+  load_transposed<float>(Dtype::kFloat32, from.data, 0, from.row, rows, words(cols), to);
 }
 
 // to[r][c] = the pair from[2 r][c], from[2 r + 1][c]; columns up to the next full vector, and a row past the last, are
 // zero.
 inline void load_row_pairs(const void* data, int64_t at, int64_t row, int64_t rows, int64_t cols, float* to) {
+  typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
+  typedef uint32_t Word __attribute__((vector_size(kVectorBytes)));
+  const auto widened = [&](const BFloat16* p, int64_t c) {
+    Half half{};
+    if (c + kLanes<float> <= cols) {
+      std::memcpy(&half, p + c, sizeof half);
+    } else {
+      std::memcpy(&half, p + c, static_cast<size_t>(cols - c) * sizeof *p);
+    }
+    return __builtin_convertvector(half, Word);
+  };
   const BFloat16* from = static_cast<const BFloat16*>(data) + at;
   for (int64_t r = 0; r < rows; r += 2, from += 2 * row, to += padded<float>(cols)) {
     for (int64_t c = 0; c < cols; c += kLanes<float>) {
-      const int width = static_cast<int>(smaller(kLanes<float>, cols - c));
-      const Vec<float> second = r + 1 < rows ? load_partial(from + row + c, width) : Vec<float>{};
-      store(to + c, pair(load_partial(from + c, width), second));
+      const Word pairs = widened(from, c) | (r + 1 < rows ? widened(from + row, c) << 16 : Word{});
+      std::memcpy(to + c, &pairs, sizeof pairs);
     }
   }
 }
 
 #if defined(__AVX512BF16__)
+// Two vectors rounded: a pair is two neighbours.
+FASTNETS_INLINE Vec<float> round_pairs(Vec<float> low, Vec<float> high) {
+  const __m512bh rounded = _mm512_cvtne2ps_pbh(__m512(high), __m512(low));
+  Vec<float> pairs;
+  std::memcpy(&pairs, &rounded, sizeof pairs);
+  return pairs;
+}
+
 // to[c] = the pair from[2 c], from[2 c + 1], rounded; n is read in whole vectors.
 inline void round_words(const float* from, int64_t n, float* to) {
   for (int64_t c = 0; c < n; c += 2 * kLanes<float>) {
     const Vec<float> high = c + kLanes<float> < n ? load(from + c + kLanes<float>) : Vec<float>{};
-    const __m512bh rounded = _mm512_cvtne2ps_pbh(__m512(high), __m512(load(from + c)));
-    std::memcpy(to + c / 2, &rounded, sizeof rounded);
+    store(to + c / 2, round_pairs(load(from + c), high));
   }
 }
 
 // to[r][c] = the pair from[2 r][c], from[2 r + 1][c], rounded; rows of kKeys, of which n columns are read in whole
 // vectors.
 inline void round_row_pairs(const float* from, int64_t rows, int64_t n, float* to) {
+  alignas(64) static constexpr uint16_t zipped[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i order = _mm512_load_si512(zipped);
   for (int64_t r = 0; r < rows; r += 2, from += 2 * kKeys, to += kKeys) {
     for (int64_t c = 0; c < n; c += kLanes<float>) {
       const Vec<float> second = r + 1 < rows ? load(from + kKeys + c) : Vec<float>{};
-      const __m512i both = __m512i(_mm512_cvtne2ps_pbh(__m512(second), __m512(load(from + c))));
-      const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(both));
-      const __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(both, 1));
-      store(to + c, Vec<float>(_mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)))));
+      const __m512i both = __m512i(round_pairs(load(from + c), second));
+      store(to + c, Vec<float>(_mm512_permutexvar_epi16(order, both)));
     }
   }
 }
@@ -245,7 +290,8 @@ inline void round_row_pairs(const float* from, int64_t rows, int64_t n, float* t
 
 // ---- the register tile -----------------------------------------------------------------------------------------
 
-// Left operand: element (r, k) is data[r * row + k * col].
+// Left operand: element (r, k) is data[r * row + k * col]. Passed by reference: read back from a copy on the stack, it
+// costs a tile of 64 steps 7% on a Zen 5.
 template <class T>
 struct Left {
   const T* data;
@@ -255,7 +301,7 @@ struct Left {
 // c[r][:] = factors[r] * c[r][:] + a b, for kRows rows and kVecs vectors; scale * a b where factors is null.
 // kPairs: a and b hold pairs, and depth counts them.
 template <class T, bool kPairs, int kRows, int kVecs>
-void register_tile(int64_t depth, Left<T> left, const T* b, int64_t b_row, T* c, int64_t c_row, const T* factors,
+void register_tile(int64_t depth, const Left<T>& left, const T* b, int64_t b_row, T* c, int64_t c_row, const T* factors,
                    T scale) {
   Vec<T> sums[kRows][kVecs] = {};
   const T* a = left.data;
@@ -286,7 +332,7 @@ void register_tile(int64_t depth, Left<T> left, const T* b, int64_t b_row, T* c,
 }
 
 template <class T, bool kPairs, int kRows>
-FASTNETS_INLINE void tile_row(int vecs, int64_t depth, Left<T> a, const T* b, int64_t b_row, T* c, int64_t c_row,
+FASTNETS_INLINE void tile_row(int vecs, int64_t depth, const Left<T>& a, const T* b, int64_t b_row, T* c, int64_t c_row,
                               const T* factors, T scale) {
   if (vecs == 1) return register_tile<T, kPairs, kRows, 1>(depth, a, b, b_row, c, c_row, factors, scale);
   if (vecs == 2) return register_tile<T, kPairs, kRows, 2>(depth, a, b, b_row, c, c_row, factors, scale);
@@ -298,7 +344,7 @@ FASTNETS_INLINE void tile_row(int vecs, int64_t depth, Left<T> a, const T* b, in
 
 // c[rows, cols] = factors * c + a b, or scale * a b, for at most kGroupRows rows; whole vectors of c are written.
 template <class T, bool kPairs>
-void group_product(int64_t rows, int64_t cols, int64_t depth, Left<T> a, const T* b, int64_t b_row, T* c, int64_t c_row,
+void group_product(int64_t rows, int64_t cols, int64_t depth, const Left<T>& a, const T* b, int64_t b_row, T* c, int64_t c_row,
                    const T* factors, T scale = T(1)) {
   for (int64_t at = 0; at < cols; at += kTileVecs * kLanes<T>) {
     const int vecs = static_cast<int>(smaller(kTileVecs, (cols - at + kLanes<T> - 1) / kLanes<T>));
@@ -322,7 +368,7 @@ FASTNETS_INLINE void in_groups(int64_t rows, const Body& body) {
 
 // c[rows, cols] = scale * a b, or c + a b.
 template <class T, bool kPairs>
-void product(int64_t rows, int64_t cols, int64_t depth, Left<T> a, const T* b, int64_t b_row, T* c, int64_t c_row,
+void product(int64_t rows, int64_t cols, int64_t depth, const Left<T>& a, const T* b, int64_t b_row, T* c, int64_t c_row,
              bool accumulate, T scale = T(1)) {
   static constexpr T ones[kGroupRows] = {1, 1, 1, 1, 1, 1};
   in_groups(rows, [&](int64_t begin, int64_t end) {
@@ -347,9 +393,9 @@ FASTNETS_INLINE Vec<T> sums_of(Vec<T>* v) {
   return v[0];
 }
 
-// scores[j] = the product of q with key j, for j < keys; zeros up to the next full vector.
+// scores[j] = scale times the product of q with key j, for j < keys; zeros up to the next full vector.
 template <class T, class S>
-void dot_keys(const T* q, const S* from, int64_t row, int64_t keys, int64_t depth, T* scores) {
+void dot_keys(const T* q, const S* from, int64_t row, int64_t keys, int64_t depth, T scale, T* scores) {
   constexpr int n = kLanes<T>;
   for (int64_t j = 0; j < keys; j += n, from += n * row) {
     const int64_t lines = smaller(n, keys - j), whole = lines == n ? depth / n * n : 0;
@@ -368,94 +414,103 @@ void dot_keys(const T* q, const S* from, int64_t row, int64_t keys, int64_t dept
         sums[i] = fma<T>(load_partial(from + i * row + c, width), load(q + c), sums[i]);
       }
     }
-    store(scores + j, sums_of<T>(sums));
+    store(scores + j, sums_of<T>(sums) * scale);
   }
 }
 
 // The same of `count` rows, kKeys scores each, with x's keys from `at` on.
 template <class T>
-void dot_rows(Dtype dtype, const AttentionArray& x, int64_t at, int64_t keys, int64_t depth, const T* rows,
-              int64_t rows_row, int64_t count, T* scores) {
+void dot_rows(Dtype dtype, const AttentionArray& x, int64_t at, int64_t keys, int64_t depth, const Rows<T>& q,
+              int64_t count, T scale, T* scores) {
   with_stored<T>(dtype, [&](auto kind) {
     using S = decltype(kind);
     const S* from = static_cast<const S*>(x.data) + at;
-    for (int64_t r = 0; r < count; ++r) dot_keys(rows + r * rows_row, from, x.row, keys, depth, scores + r * kKeys);
+    for (int64_t r = 0; r < count; ++r) {
+      dot_keys(q.data + r * q.row, from, x.row, keys, depth, scale, scores + r * kKeys);
+    }
   });
 }
 
 // ---- scores ----------------------------------------------------------------------------------------------------
 
-// The coefficients of 2^r = sum((ln 2)^i / i! r^i).
+// (2^r - 1) / r for |r| <= 1/2, the lowest power first: fitted to least relative error of 2^r (1e-7; 3e-6 with one term
+// less, which bfloat16 does not see) for float, Taylor's for double.
+inline constexpr float kExp2Float[] = {0.6931470037f, 0.2402224243f, 0.05550733581f, 0.009671512991f, 0.001326472731f};
+inline constexpr float kExp2Coarse[] = {0.6931241751f, 0.2402409911f, 0.05590642616f, 0.009582852945f};
 struct Exp2Series {
-  double terms[14] = {1.0};
-  constexpr Exp2Series() {
-    for (int i = 1; i < 14; ++i) terms[i] = terms[i - 1] * kLn2 / i;
+  double terms[13];
+  constexpr Exp2Series() : terms{} {
+    double term = 1;
+    for (int i = 0; i < 13; ++i) terms[i] = term *= kLn2 / (i + 1);
   }
 };
-constexpr Exp2Series kExp2Series;
+constexpr Exp2Series kExp2Double;
 
-// 2^x for x <= 127, to about 1 ulp, or with `coarse` to 2e-6, which bfloat16 does not see; 0 below the normal range,
-// NaN stays. x = n + r with |r| <= 1/2, and 2^r by its Taylor series.
+// 2^r for |r| <= 1/2.
+template <class T, bool coarse>
+FASTNETS_INLINE Vec<T> exp2_fraction(Vec<T> r) {
+  constexpr bool is_double = sizeof(T) == 8;
+  constexpr int terms = is_double ? 13 : coarse ? 4 : 5;
+  const auto term = [](int i) {
+    return broadcast<T>(is_double ? T(kExp2Double.terms[i]) : T(coarse ? kExp2Coarse[i % 4] : kExp2Float[i % 5]));
+  };
+  Vec<T> y = term(terms - 1);
+#pragma GCC unroll 16
+  for (int i = terms - 2; i >= 0; --i) y = fma<T>(y, r, term(i));
+  return fma<T>(y, r, broadcast<T>(T(1)));
+}
+
+// 2^x for x <= 127, to about 1 ulp or with `coarse` to 3e-6; below the normal range it loses bits or is 0, NaN stays.
 template <class T, bool coarse = false>
 FASTNETS_INLINE Vec<T> exp2(Vec<T> x) {
-  constexpr bool is_double = sizeof(T) == 8;
-  constexpr int degree = is_double ? 13 : coarse ? 5 : 6;
+#if defined(__AVX512DQ__)
+  if constexpr (sizeof(T) == 4) {
+    const Vec<T> r = Vec<T>(_mm512_reduce_ps(__m512(x), 0));  // to the nearest integer; of an infinity it is 0
+    return Vec<T>(_mm512_scalef_ps(__m512(exp2_fraction<T, coarse>(r)), __m512(x - r)));
+  }
+#endif
   x = maximum<T>(broadcast<T>(-kBias<T>), x);
   Vec<T> shifted = x + (kRounding<T> + kBias<T>);  // its low bits are the exponent field of 2^n, whole
   asm("" : "+x"(shifted));
   const Vec<T> r = x - (shifted - (kRounding<T> + kBias<T>));
-  Vec<T> y = broadcast<T>(T(kExp2Series.terms[degree]));
-#pragma GCC unroll 16
-  for (int i = degree - 1; i >= 0; --i) y = fma<T>(y, r, broadcast<T>(T(kExp2Series.terms[i])));
-  return y * reinterpret_cast<Vec<T>>(reinterpret_cast<Vec<Int<T>>>(shifted) << kMantissa<T>);
+  return exp2_fraction<T, coarse>(r) *
+         reinterpret_cast<Vec<T>>(reinterpret_cast<Vec<Int<T>>>(shifted) << kMantissa<T>);
 }
 
-// The largest of a row's scores.
+// The largest of a row's scores, lane by lane.
 template <class T>
-FASTNETS_INLINE T largest_of(const T* s, int64_t n) {
+FASTNETS_INLINE Vec<T> tops_of(const T* s, int64_t n) {
   Vec<T> top = load(s);
   for (int64_t c = kLanes<T>; c < n; c += kLanes<T>) top = maximum<T>(load(s + c), top);
-  return reduce_max<T>(top);
-}
-
-// One row's scores, of which `block` is the largest, become weights relative to the running maximum; returns what the
-// former sums shrink by, in log2.
-template <class T, bool coarse = false>
-FASTNETS_INLINE T absorb(T* s, int64_t n, T block, T* largest, T* row_sum) {
-  const T before = *largest, now = block > before ? block : before;
-  const T shift = now == kMinusInfinity<T> ? T(0) : now;  // nothing seen so far: every weight is 2^-inf = 0
-  Vec<T> total{};
-  for (int64_t c = 0; c < n; c += kLanes<T>) {
-    const Vec<T> e = exp2<T, coarse>(load(s + c) - shift);
-    store(s + c, e);
-    total += e;
-  }
-  *largest = now;
-  *row_sum = reduce_add<T>(total);
-  return before - shift;
+  return top;
 }
 
 template <class T>
 struct Scoring {
   const Attention& p;
-  T q_factor;  // what q is multiplied with: scores come out in units of log2, or of the soft cap
-  T cap;       // the soft cap in units of log2, or 0
+  T unit;  // what products of q and k are multiplied with: scores come out in units of log2, or of the soft cap
+  T cap;   // the soft cap in units of log2, or 0
 
   explicit Scoring(const Attention& params)
       : p(params),
-        q_factor(static_cast<T>(p.softcap != 0 ? p.scale / p.softcap : p.scale * kLog2E)),
+        unit(static_cast<T>(p.softcap != 0 ? p.scale / p.softcap : p.scale * kLog2E)),
         cap(static_cast<T>(p.softcap * kLog2E)) {}
 
-  // tanh of a row of capped scores, whole vectors.
-  void squash(T* s, int64_t n) const {
-    for (int64_t c = 0; c < n; c += kLanes<T>) store(s + c, tanh<T>(load(s + c)));
+  // Whether finish() would leave the scores of queries i0 ... i1 against keys j0 ... j0 + n as they are.
+  bool finished(const Head& h, int64_t i0, int64_t i1, int64_t j0, int64_t n) const {
+    return cap == T(0) && p.mask_kind == MaskKind::kNone && !p.slopes && n == padded<T>(n) &&
+           h.first(p, i1 - 1) <= j0 && h.last(p, i0) >= j0 + n;
   }
 
   // Finishes the scores of query i against keys j0 ... j0 + n: cap, bias, mask, bounds. Whole vectors; what lies
-  // outside is -inf. Expects squashed scores where there is a cap.
-  FASTNETS_INLINE void finish(const Head& h, int64_t i, int64_t j0, int64_t n, T* s) const {
+  // outside is -inf. Of capped ones `squashed` receives the tanh.
+  FASTNETS_INLINE void finish(const Head& h, int64_t i, int64_t j0, int64_t n, T* s, T* squashed = nullptr) const {
     if (cap != T(0)) {
-      for (int64_t c = 0; c < n; c += kLanes<T>) store(s + c, load(s + c) * cap);
+      for (int64_t c = 0; c < n; c += kLanes<T>) {
+        const Vec<T> t = tanh<T>(load(s + c));
+        if (squashed) store(squashed + c, t);
+        store(s + c, t * cap);
+      }
     }
     if (p.mask_kind != MaskKind::kNone) add_mask(h, i, j0, n, s);
     if (p.slopes) {

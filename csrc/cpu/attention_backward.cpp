@@ -9,17 +9,18 @@ namespace {
 
 constexpr int kRows = 64;  // queries in a tile
 
-// A tile's operands. Of pairs, q, grad_out and the keys lie twice: with pairs along their rows, and of rows.
+// A tile's operands. Of pairs, q, grad_out and the keys are there twice: with pairs along their rows, and of rows.
 template <class T, bool kPairs>
 struct Tile {
   const AttentionBackward& p;
   const Scoring<T> scoring;
   const int64_t width, out_width;       // of a row of q or k, of v
   const int64_t depth, out_depth;       // of products along them
-  T *q, *grad_out;                      // [kRows, depth], scaled if not of pairs; [kRows, out_depth]
-  T *q_rows, *grad_out_rows;            // [kRows, d], [kRows, dv]: q and grad_out themselves if not of pairs
-  T *out, *dense;                       // [kRows, dv]; grad_out likewise
-  T *keys, *keys_across;                // [kKeys, d], [depth, kKeys]
+  Rows<T> q, grad_out;                  // [kRows, depth], [kRows, out_depth]
+  Rows<T> q_rows, grad_out_rows;        // [kRows, d], [kRows, dv]: q and grad_out themselves if not of pairs
+  Rows<T> keys;                         // [kKeys, d]
+  T *for_q, *for_grad_out, *for_q_rows, *for_grad_out_rows, *for_out, *for_keys;  // room for copies
+  T* keys_across;                       // [depth, kKeys]
   T* values_across;                     // [out_depth, kKeys]
   T *weights, *grad_scores, *squashed;  // [kRows, kKeys]
   T *grad_k, *grad_v;                   // [kKeys, d], [kKeys, dv]
@@ -38,7 +39,6 @@ struct Tile {
                               twice * kRows * width,
                               twice * kRows * out_width,
                               kRows * out_width,
-                              twice * kRows * out_width,
                               kKeys * width,
                               depth * kKeys,
                               out_depth * kKeys,
@@ -48,26 +48,26 @@ struct Tile {
                               kKeys * width,
                               kKeys * out_width,
                               kKeys};
-    T** const pieces[] = {&q,           &grad_out, &q_rows,      &grad_out_rows, &out,
-                          &dense,       &keys,     &keys_across, &values_across, &weights,
-                          &grad_scores, &squashed, &grad_k,      &grad_v,        &keep};
+    T** const pieces[] = {&for_q,         &for_grad_out, &for_q_rows,  &for_grad_out_rows, &for_out,
+                          &for_keys,      &keys_across,  &values_across, &weights,         &grad_scores,
+                          &squashed,      &grad_k,       &grad_v,      &keep};
     size_t bytes = 0;
     for (const int64_t count : counts) bytes += Arena::bytes<T>(count);
     Arena arena(0, bytes);
-    for (int i = 0; i < 15; ++i) *pieces[i] = arena.take<T>(counts[i]);
-    if (!kPairs) q_rows = q, grad_out_rows = dense = grad_out;
+    for (int i = 0; i < 14; ++i) *pieces[i] = arena.take<T>(counts[i]);
   }
 
   void load_queries(const Head& h, int64_t i0, int64_t rows) {
     const int64_t at_q = h.at_q(p.q, i0), at_grad = h.at_q(p.grad_out, i0);
     if constexpr (kPairs) {
-      load_words(p.q.data, at_q, p.q.row, rows, p.d, q);
-      load_row_pairs(p.q.data, at_q, p.q.row, rows, p.d, q_rows);
-      load_words(p.grad_out.data, at_grad, p.grad_out.row, rows, p.dv, grad_out);
-      load_row_pairs(p.grad_out.data, at_grad, p.grad_out.row, rows, p.dv, grad_out_rows);
+      q = words_of(p.q, at_q, rows, p.d, for_q);
+      grad_out = words_of(p.grad_out, at_grad, rows, p.dv, for_grad_out);
+      load_row_pairs(p.q.data, at_q, p.q.row, rows, p.d, for_q_rows);
+      load_row_pairs(p.grad_out.data, at_grad, p.grad_out.row, rows, p.dv, for_grad_out_rows);
+      q_rows = {for_q_rows, width}, grad_out_rows = {for_grad_out_rows, out_width};
     } else {
-      load_rows<T>(p.dtype, p.q.data, at_q, p.q.row, rows, p.d, scoring.q_factor, q);
-      load_rows<T>(p.dtype, p.grad_out.data, at_grad, p.grad_out.row, rows, p.dv, T(1), grad_out);
+      q_rows = q = rows_of<T>(p, p.q, at_q, rows, p.d, for_q);
+      grad_out_rows = grad_out = rows_of<T>(p, p.grad_out, at_grad, rows, p.dv, for_grad_out);
     }
   }
   void load_keys(const Head& h, int64_t j0, int64_t n) {
@@ -76,23 +76,29 @@ struct Tile {
     load_across(p.v, h.at_k(p.v, j0), n, p.dv, grad_v, values_across);
   }
   void load_key_rows(const Head& h, int64_t j0, int64_t n) {
-    if constexpr (kPairs) return load_row_pairs(p.k.data, h.at_k(p.k, j0), p.k.row, n, p.d, keys);
-    load_rows<T>(p.dtype, p.k.data, h.at_k(p.k, j0), p.k.row, n, p.d, T(1), keys);
+    const int64_t first = h.at_k(p.k, j0);
+    if constexpr (kPairs) {
+      load_row_pairs(p.k.data, first, p.k.row, n, p.d, for_keys);
+      keys = {for_keys, width};
+    } else {
+      keys = rows_of<T>(p, p.k, first, n, p.d, for_keys);
+    }
   }
 
   // For rows i0 ...: what the softmax subtracts, sum(grad_out * out) - grad_lse, and the log-sum-exp, with which an
   // empty row's weights are 2^-inf. Of the former only -grad_lse where a tile sees the whole row: it needs neither out
   // nor lse, whose rounding tells where scores are large.
   void row_terms(const Head& h, int64_t i0, int64_t rows, T* subtract, T* shift) {
-    const int64_t at = h.at_lse(p, i0);
-    if (!whole(h)) {
-      load_rows<T>(p.dtype, p.out.data, h.at_q(p.out, i0), p.out.row, rows, p.dv, T(1), out);
-      load_rows<T>(p.dtype, p.grad_out.data, h.at_q(p.grad_out, i0), p.grad_out.row, rows, p.dv, T(1), dense);
+    const int64_t at = h.at_lse(p, i0), cols = whole(h) ? 0 : out_width;
+    Rows<T> out{}, grad{};
+    if (cols != 0) {
+      out = rows_of<T>(p, p.out, h.at_q(p.out, i0), rows, p.dv, for_out);
+      grad = rows_of<T>(p, p.grad_out, h.at_q(p.grad_out, i0), rows, p.dv, kPairs ? for_grad_out_rows : for_grad_out);
     }
     for (int64_t r = 0; r < rows; ++r) {
       Vec<T> dots{};
-      for (int64_t c = 0; c < (whole(h) ? 0 : out_width); c += kLanes<T>) {
-        dots = fma<T>(load(dense + r * out_width + c), load(out + r * out_width + c), dots);
+      for (int64_t c = 0; c < cols; c += kLanes<T>) {
+        dots = fma<T>(load(grad.data + r * grad.row + c), load(out.data + r * out.row + c), dots);
       }
       subtract[r] = reduce_add<T>(dots) - (p.grad_lse ? static_cast<const T*>(p.grad_lse)[at + r] : T(0));
       const T lse = static_cast<const T*>(p.lse)[at + r];
@@ -103,30 +109,42 @@ struct Tile {
   // Of the loaded queries and keys: the weights (after dropout), and the gradient of the scores as the mask meets them.
   void run(const Head& h, int64_t i0, int64_t rows, int64_t j0, int64_t n, const T* subtract, const T* shift) {
     if (few_queries(p)) {
-      dot_rows(p.dtype, p.k, h.at_k(p.k, j0), n, p.d, q, width, rows, weights);
-      dot_rows(p.dtype, p.v, h.at_k(p.v, j0), n, p.dv, grad_out, out_width, rows, grad_scores);
+      dot_rows<T>(p.dtype, p.k, h.at_k(p.k, j0), n, p.d, q, rows, scoring.unit, weights);
+      dot_rows<T>(p.dtype, p.v, h.at_k(p.v, j0), n, p.dv, grad_out, rows, T(1), grad_scores);
     } else {
-      product<T, kPairs>(rows, n, depth, {q, padded<T>(depth), 1}, keys_across, kKeys, weights, kKeys, false,
-                         kPairs ? scoring.q_factor : T(1));
-      product<T, kPairs>(rows, n, out_depth, {grad_out, padded<T>(out_depth), 1}, values_across, kKeys, grad_scores,
+      product<T, kPairs>(rows, n, depth, {q.data, q.row, 1}, keys_across, kKeys, weights, kKeys, false, scoring.unit);
+      product<T, kPairs>(rows, n, out_depth, {grad_out.data, grad_out.row, 1}, values_across, kKeys, grad_scores,
                          kKeys, false);
+    }
+    if (n == kKeys && !whole(h) && p.dropout == 0 && !p.grad_weights && scoring.finished(h, i0, i0 + rows, j0, n)) {
+      for (int64_t r = 0; r < rows; ++r) {
+        T *s = weights + r * kKeys, *grad = grad_scores + r * kKeys;
+#pragma GCC unroll 4
+        for (int64_t c = 0; c < kKeys; c += kLanes<T>) {
+          const Vec<T> weight = exp2<T>(load(s + c) - shift[r]);
+          store(s + c, weight);
+          store(grad + c, weight * (load(grad + c) - subtract[r]));
+        }
+      }
+      return;
     }
     for (int64_t r = 0; r < rows; ++r) {
       T *s = weights + r * kKeys, *grad = grad_scores + r * kKeys;
-      if (scoring.cap != T(0)) {
-        scoring.squash(s, n);
-        std::memcpy(squashed + r * kKeys, s, kKeys * sizeof(T));
-      }
-      scoring.finish(h, i0 + r, j0, n, s);
+      scoring.finish(h, i0 + r, j0, n, s, squashed + r * kKeys);
       if (p.grad_weights) add_grad_weights(((h.batch * p.heads + h.head) * p.lq + i0 + r) * p.lk + j0, n, grad);
       if (p.dropout != 0) scoring.keep(h, i0 + r, j0, keep);
       T less = subtract[r], inverse = 1;
       if (whole(h)) {
-        T largest = kMinusInfinity<T>, sum;
-        absorb<T>(s, n, largest_of<T>(s, n), &largest, &sum);
+        const T top = reduce_max<T>(tops_of<T>(s, n)), relative = top == kMinusInfinity<T> ? T(0) : top;
+        Vec<T> sums{}, dots{};
+        for (int64_t c = 0; c < n; c += kLanes<T>) {
+          const Vec<T> weight = exp2<T>(load(s + c) - relative);
+          store(s + c, weight);
+          sums += weight;
+          dots = fma<T>(weight * factors(c), load(grad + c), dots);
+        }
+        const T sum = reduce_add<T>(sums);
         inverse = sum == T(0) ? T(0) : T(1) / sum;
-        Vec<T> dots{};
-        for (int64_t c = 0; c < n; c += kLanes<T>) dots = fma<T>(load(s + c) * factors(c), load(grad + c), dots);
         less += reduce_add<T>(dots) * inverse;
       }
       for (int64_t c = 0; c < n; c += kLanes<T>) {
@@ -161,18 +179,15 @@ struct Tile {
       across = squashed, grad_across = half, grad_along = weights;
     }
 #endif
-    product<T, kPairs>(n, p.dv, row_depth, {across, 1, kKeys}, grad_out_rows, out_width, grad_v, out_width, true);
-    product<T, kPairs>(n, p.d, row_depth, {grad_across, 1, kKeys}, q_rows, width, grad_k, width, true);
-    product<T, kPairs>(rows, p.d, key_depth, {grad_along, kKeys, 1}, keys, width, grad_q, width, true);
+    product<T, kPairs>(n, p.dv, row_depth, {across, 1, kKeys}, grad_out_rows.data, grad_out_rows.row, grad_v, out_width, true);
+    product<T, kPairs>(n, p.d, row_depth, {grad_across, 1, kKeys}, q_rows.data, q_rows.row, grad_k, width, true);
+    product<T, kPairs>(rows, p.d, key_depth, {grad_along, kKeys, 1}, keys.data, keys.row, grad_q, width, true);
   }
 
  private:
   // to[c][r] of k's or v's rows; `staged` has room for the rows.
   void load_across(const AttentionArray& x, int64_t at, int64_t n, int64_t cols, T* staged, T* to) {
-    if constexpr (kPairs) {
-      load_words(x.data, at, x.row, n, cols, staged);
-      return load_transposed<T>(Dtype::kFloat32, staged, 0, padded<T>(words(cols)), n, words(cols), to);
-    }
+    if constexpr (kPairs) return load_words_across(x, at, n, cols, staged, to);
     load_transposed<T>(p.dtype, x.data, at, x.row, n, cols, to);
   }
 
@@ -237,9 +252,9 @@ void backward_unit(const AttentionBackward& p, int64_t batch, int64_t kv_head, i
         tile.add_gradients(rows, n, grad_q + row * width);
       }
     }
-    // Of q only q * q_factor was at hand, if not of pairs: what that leaves out of scale.
-    const T one = 1, rest = static_cast<T>(kPairs ? p.scale : p.softcap != 0 ? p.softcap : kLn2);
-    store_rows<T>(p.dtype, p.grad_k.data, group.at_k(p.grad_k, j0), p.grad_k.row, n, p.d, tile.grad_k, width, &rest, 0);
+    const T one = 1, scale = static_cast<T>(p.scale);
+    store_rows<T>(p.dtype, p.grad_k.data, group.at_k(p.grad_k, j0), p.grad_k.row, n, p.d, tile.grad_k, width, &scale,
+                  0);
     store_rows<T>(p.dtype, p.grad_v.data, group.at_k(p.grad_v, j0), p.grad_v.row, n, p.dv, tile.grad_v, out_width, &one,
                   0);
   }

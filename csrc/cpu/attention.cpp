@@ -2,12 +2,13 @@
 // https://arxiv.org/abs/1805.02867; FlashAttention, https://arxiv.org/abs/2205.14135), so memory is linear in the
 // lengths. Also the softmax weights, recomputed from the log-sum-exp.
 
-#include "attention.h"
+#include "attention_short.h"
 
 namespace fastnets::FASTNETS_ISA {
 namespace {
 
 constexpr int64_t kQueries = 256;       // queries in a block: they share every transposed block of keys
+constexpr double kSqrt2 = 1.4142135623730950488;
 constexpr double kLeastWork = 1 << 17;  // multiply-adds worth waking a thread for
 
 // A row's weights are relative to a score that only one larger by this (a factor of 2^8) replaces: after the first block
@@ -25,7 +26,7 @@ struct Block {
   Block(const Attention& p, int64_t rows) {
     const int64_t counts[] = {rows * padded<T>(p.d),  rows * padded<T>(p.dv), p.d * kKeys,
                               kKeys * padded<T>(p.dv), 2 * kGroupRows * kKeys, padded<T>(rows),
-                              rows * kLanes<T>,        kKeys,                  kKeys * padded<T>(p.d)};
+                              padded<T>(rows) * kLanes<T>, kKeys,                  kKeys * padded<T>(p.d)};
     T** const pieces[] = {&q, &out, &keys, &values, &scores, &largest, &sums, &keep, &staged};
     size_t bytes = 0;
     for (const int64_t count : counts) bytes += Arena::bytes<T>(count);
@@ -69,6 +70,34 @@ struct Queries {
   }
 };
 
+// a + log2(x) for normal x > 0, rounded once; NaN stays.
+template <class T>
+FASTNETS_INLINE Vec<T> plus_log2(Vec<T> a, Vec<T> x) {
+  if constexpr (sizeof(T) == 8) {
+    for (int i = 0; i < kLanes<T>; ++i) a[i] += __builtin_log2(x[i]);
+    return a;
+  } else {
+    typedef float Half __attribute__((vector_size(kVectorBytes / 2)));
+    Half of_a[2], of_x[2];
+    std::memcpy(of_a, &a, sizeof a);
+    std::memcpy(of_x, &x, sizeof x);
+    for (int i = 0; i < 2; ++i) {
+      const Vec<double> wide = __builtin_convertvector(of_x[i], Vec<double>);
+      const Vec<int64_t> bits = reinterpret_cast<Vec<int64_t>>(wide);
+      // x = m 2^n with m in [1, 2), and log2 m = 2 / ln 2 artanh((m - 1) / (m + 1)) = 1/2 + the same of m / sqrt(2).
+      const Vec<double> m = reinterpret_cast<Vec<double>>((bits & 0xfffffffffffff) | 0x3ff0000000000000);
+      const Vec<double> t = (m - kSqrt2) / (m + kSqrt2), square = t * t;
+      Vec<double> series = Vec<double>{} + 1.0 / 11;
+      for (int odd = 9; odd > 0; odd -= 2) series = series * square + 1.0 / odd;
+      const Vec<double> n = __builtin_convertvector((bits >> 52) - 1023, Vec<double>);
+      const Vec<double> sum = __builtin_convertvector(of_a[i], Vec<double>) + (n + 0.5 + 2 / kLn2 * t * series);
+      of_a[i] = __builtin_convertvector(sum + (wide - wide), Half);
+    }
+    std::memcpy(&a, of_a, sizeof a);
+    return a;
+  }
+}
+
 // A group of rows that meets a block of keys.
 template <class T>
 struct Group {
@@ -93,7 +122,10 @@ class Forward {
 
   void run() {
     queries.load(h, begin, rows);
-    for (int64_t r = 0; r < rows; ++r) at.largest[r] = kMinusInfinity<T>, store(at.sums + r * kLanes<T>, Vec<T>{});
+    for (int64_t r = 0; r < padded<T>(rows); ++r) {
+      at.largest[r] = kMinusInfinity<T>;
+      store(at.sums + r * kLanes<T>, Vec<T>{});
+    }
     for (int64_t x = 0; x < rows * width; x += kLanes<T>) store(at.out + x, Vec<T>{});
     const Span span = visible(p, h, begin, begin + rows);
     for (int64_t j0 = span.first / kKeys * kKeys; j0 < span.last; j0 += kKeys) {
@@ -203,16 +235,38 @@ class Forward {
 
   void finish() const {
     T* lse = static_cast<T*>(p.lse) + h.at_lse(p, begin);
-    for (int64_t r = 0; r < rows; ++r) {
-      const T sum = reduce_add<T>(load(at.sums + r * kLanes<T>));
-      // In log2, as the scores are: the backward pass finds a weight of 1 again to the last bit. Rounded once.
-      const double log_sum = static_cast<double>(at.largest[r]) + __builtin_log2(static_cast<double>(sum));
-      lse[r] = sum == T(0) ? kMinusInfinity<T> : static_cast<T>(log_sum);
-      at.largest[r] = sum == T(0) ? T(0) : T(1) / sum;
+    for (int64_t r = 0; r < rows; r += kLanes<T>) {
+      Vec<T> sums[kLanes<T>];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes<T>; ++i) sums[i] = load(at.sums + (r + i) * kLanes<T>);
+      const Vec<T> sum = sums_of<T>(sums), none{}, empty = broadcast<T>(kMinusInfinity<T>);
+      // In log2, as the scores are: the backward pass finds a weight of 1 again to the last bit.
+      const Vec<T> logarithm = select<T>(sum == none, empty, plus_log2<T>(load(at.largest + r), sum));
+      store_partial<T>(lse + r, logarithm, static_cast<int>(smaller(kLanes<T>, rows - r)));
+      store(at.largest + r, select<T>(sum == none, none, T(1) / sum));
     }
     store_rows<T>(p.dtype, p.out.data, h.at_q(p.out, begin), p.out.row, rows, p.dv, at.out, width, at.largest, 1);
   }
 };
+
+void short_forward(const AttentionForward& p, const Head& h, int64_t begin, int64_t end) {
+  Arena arena(0, Arena::bytes<float>(p.d * kKeys) + Arena::bytes<float>(kShortKeys * kShortQueries));
+  float* const across = arena.take<float>(p.d * kKeys);
+  float* const weights = arena.take<float>(kShortKeys * kShortQueries);
+  const Rows<float> values = rows_at(p.v, h.at_k(p.v, 0));
+  in_short_blocks(p, h, begin, end, [&](const auto& block, auto keys) {
+    load_transposed<float>(p.dtype, p.q.data, h.at_q(p.q, block.i0), p.q.row, block.count, p.d, across);
+    Vec<float> of_keys[keys.value], top, sum;
+    block.weigh(across, of_keys, top, sum);
+    for (int j = 0; j < keys.value; ++j) store(weights + j * kShortQueries, of_keys[j]);
+    const Vec<float> empty = broadcast(kMinusInfinity<float>);
+    store_partial<float>(static_cast<float*>(p.lse) + h.at_lse(p, block.i0),
+                         select<float>(sum == Vec<float>{}, empty, plus_log2<float>(top, sum)),
+                         static_cast<int>(block.count));
+    product<float, false>(block.count, p.dv, keys.value, {weights, 1, kShortQueries}, values.data, values.row,
+                          static_cast<float*>(p.out.data) + h.at_q(p.out, block.i0), p.out.row, false);
+  });
+}
 
 // Rows begin ... end of one head's weights.
 template <class T, bool kPairs>
@@ -273,6 +327,7 @@ void over_blocks(const Attention& p, const Body& body) {
 void attention_forward(const AttentionForward& p) {
   with_compute(p, [&](auto kind, auto pairs) {
     over_blocks(p, [&](const Head& h, int64_t begin, int64_t end) {
+      if (is_short(p, h)) return short_forward(p, h, begin, end);
       Forward<decltype(kind), pairs.value>(p, h, begin, end).run();
     });
   });

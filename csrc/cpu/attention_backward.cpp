@@ -2,7 +2,7 @@
 // (FlashAttention, https://arxiv.org/abs/2205.14135, algorithm 4). One unit of work owns a head of k and v, so that
 // every sum is in a fixed order; the mask's gradient, whose sums run across heads, is a pass of its own.
 
-#include "attention.h"
+#include "attention_short.h"
 
 namespace fastnets::FASTNETS_ISA {
 namespace {
@@ -211,12 +211,55 @@ void store_grad_q(const AttentionBackward& p, const Head& h, const T* sum) {
   store_rows<T>(p.dtype, p.grad_q.data, h.at_q(p.grad_q, 0), p.grad_q.row, h.lq, p.d, sum, padded<T>(p.d), &scale, 0);
 }
 
+// One head of k and v, whose group's heads are all short.
+void short_backward(const AttentionBackward& p, const Head& group, int64_t batch) {
+  const int64_t tile = kShortKeys * kShortQueries;
+  Arena arena(0, Arena::bytes<float>(p.d * kKeys) + Arena::bytes<float>(p.dv * kKeys) + 2 * Arena::bytes<float>(tile));
+  float* const across = arena.take<float>(p.d * kKeys);
+  float* const grad_across = arena.take<float>(p.dv * kKeys);
+  float *const weights = arena.take<float>(tile), *const grad_scores = arena.take<float>(tile);
+  const Rows<float> keys = rows_at(p.k, group.at_k(p.k, 0)), values = rows_at(p.v, group.at_k(p.v, 0));
+  float* const grad_k = static_cast<float*>(p.grad_k.data) + group.at_k(p.grad_k, 0);
+  float* const grad_v = static_cast<float*>(p.grad_v.data) + group.at_k(p.grad_v, 0);
+  bool accumulate = false;
+  for (int64_t g = 0; g < p.groups; ++g) {
+    const Head h(p, batch, group.kv_head * p.groups + g);
+    in_short_blocks(p, h, 0, h.lq, [&](const auto& block, auto count) {
+      const int64_t i0 = block.i0, rows = block.count;
+      const Rows<float> q = rows_at(p.q, h.at_q(p.q, i0)), grad_out = rows_at(p.grad_out, h.at_q(p.grad_out, i0));
+      load_transposed<float>(p.dtype, q.data, 0, q.row, rows, p.d, across);
+      load_transposed<float>(p.dtype, grad_out.data, 0, grad_out.row, rows, p.dv, grad_across);
+      Vec<float> of_keys[count.value], grad[count.value], top, sum;
+      block.weigh(across, of_keys, top, sum);
+      for (int j = 0; j < count.value; ++j) store(weights + j * kShortQueries, of_keys[j]);
+      block.products(values, grad_across, p.dv, grad);
+      Vec<float> less{};
+      if (p.grad_lse) {
+        less = -load_partial(static_cast<const float*>(p.grad_lse) + h.at_lse(p, i0), static_cast<int>(rows));
+      }
+      for (int j = 0; j < count.value; ++j) less = fma<float>(load(weights + j * kShortQueries), grad[j], less);
+      const Vec<float> scale = broadcast(static_cast<float>(p.scale));
+      for (int j = 0; j < count.value; ++j) {
+        store(grad_scores + j * kShortQueries, load(weights + j * kShortQueries) * (grad[j] - less) * scale);
+      }
+      product<float, false>(count.value, p.dv, rows, {weights, kShortQueries, 1}, grad_out.data, grad_out.row, grad_v,
+                            p.grad_v.row, accumulate);
+      product<float, false>(count.value, p.d, rows, {grad_scores, kShortQueries, 1}, q.data, q.row, grad_k,
+                            p.grad_k.row, accumulate);
+      product<float, false>(rows, p.d, count.value, {grad_scores, 1, kShortQueries}, keys.data, keys.row,
+                            static_cast<float*>(p.grad_q.data) + h.at_q(p.grad_q, i0), p.grad_q.row, false);
+      accumulate = true;
+    });
+  }
+}
+
 // Keys' blocks split, split + splits, ... of one head of k and v.
 template <class T, bool kPairs>
 void backward_unit(const AttentionBackward& p, int64_t batch, int64_t kv_head, int64_t split) {
+  const Head group(p, batch, kv_head * p.groups);
+  if (p.splits == 1 && !p.grad_weights && is_short(p, group)) return short_backward(p, group, batch);
   Tile<T, kPairs> tile(p);
   const int64_t width = tile.width, out_width = tile.out_width;
-  const Head group(p, batch, kv_head * p.groups);
   const int64_t per_head = group.lq * width, rows_in_all = p.groups * group.lq;
   const size_t sums = p.splits == 1 ? Arena::bytes<T>(p.groups * per_head) : 0;
   Arena arena(1, sums + 2 * Arena::bytes<T>(rows_in_all));
@@ -238,8 +281,8 @@ void backward_unit(const AttentionBackward& p, int64_t batch, int64_t kv_head, i
     const int64_t n = smaller(kKeys, group.lk - j0);
     tile.load_keys(group, j0, n);
     tile.load_key_rows(group, j0, n);
-    for (int64_t x = 0; x < kKeys * width; x += kLanes<T>) store(tile.grad_k + x, Vec<T>{});
-    for (int64_t x = 0; x < kKeys * out_width; x += kLanes<T>) store(tile.grad_v + x, Vec<T>{});
+    for (int64_t x = 0; x < n * width; x += kLanes<T>) store(tile.grad_k + x, Vec<T>{});
+    for (int64_t x = 0; x < n * out_width; x += kLanes<T>) store(tile.grad_v + x, Vec<T>{});
     for (int64_t g = 0; g < p.groups; ++g) {
       const Head h(p, batch, kv_head * p.groups + g);
       for (int64_t i0 = 0; i0 < h.lq; i0 += kRows) {

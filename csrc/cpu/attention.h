@@ -126,14 +126,17 @@ struct Rows {
   int64_t row;
 };
 
-// x's rows from `at` on, which lie where they are if they are whole vectors of T, close together or few; else `to`
-// receives them.
+// Whether products read and write x's rows where they are: whole vectors of T, close together or few.
+template <class T>
+bool in_place(const Attention& p, const AttentionArray& x, int64_t cols) {
+  constexpr Dtype own = sizeof(T) == 8 ? Dtype::kFloat64 : Dtype::kFloat32;
+  return p.dtype == own && cols == padded<T>(cols) && (x.row == cols || few_queries(p));
+}
+
+// x's rows from `at` on, where they are or in `to`.
 template <class T>
 Rows<T> rows_of(const Attention& p, const AttentionArray& x, int64_t at, int64_t rows, int64_t cols, T* to) {
-  constexpr Dtype own = sizeof(T) == 8 ? Dtype::kFloat64 : Dtype::kFloat32;
-  if (p.dtype == own && cols == padded<T>(cols) && (x.row == cols || few_queries(p))) {
-    return {static_cast<const T*>(x.data) + at, x.row};
-  }
+  if (in_place<T>(p, x, cols)) return {static_cast<const T*>(x.data) + at, x.row};
   load_rows<T>(p.dtype, x.data, at, x.row, rows, cols, to);
   return {to, padded<T>(cols)};
 }

@@ -9,6 +9,35 @@ namespace {
 
 constexpr int kRows = 64;  // queries in a tile
 
+// A gradient's rows: x's own, or scratch memory that finish() stores to them; so is a sum that is not the whole.
+template <class T>
+struct Sum {
+  const AttentionBackward& p;
+  const AttentionArray& x;
+  const int64_t at, cols;
+  const bool own;
+  T* const data;
+  const int64_t row;
+
+  Sum(const AttentionBackward& params, const AttentionArray& array, int64_t first, int64_t columns, T* scratch,
+      bool whole = true)
+      : p(params),
+        x(array),
+        at(first),
+        cols(columns),
+        own(whole && in_place<T>(params, array, columns)),
+        data(own ? static_cast<T*>(array.data) + first : scratch),
+        row(own ? array.row : padded<T>(columns)) {}
+
+  void clear(int64_t rows) const {
+    for (int64_t r = 0; r < rows; ++r) std::memset(data + r * row, 0, static_cast<size_t>(padded<T>(cols)) * sizeof(T));
+  }
+  void finish(int64_t rows) const {
+    static constexpr T one = 1;
+    if (!own) store_rows<T>(p.dtype, x.data, at, x.row, rows, cols, data, row, &one, 0);
+  }
+};
+
 // A tile's operands. Of pairs, q, grad_out and the keys are there twice: with pairs along their rows, and of rows.
 template <class T, bool kPairs>
 struct Tile {
@@ -23,7 +52,7 @@ struct Tile {
   T* keys_across;                       // [depth, kKeys]
   T* values_across;                     // [out_depth, kKeys]
   T *weights, *grad_scores, *squashed;  // [kRows, kKeys]
-  T *grad_k, *grad_v;                   // [kKeys, d], [kKeys, dv]
+  T *for_grad_k, *for_grad_v;           // [kKeys, d], [kKeys, dv]
   T* keep;                              // [kKeys]
 
   explicit Tile(const AttentionBackward& params)
@@ -50,7 +79,7 @@ struct Tile {
                               kKeys};
     T** const pieces[] = {&for_q,         &for_grad_out, &for_q_rows,  &for_grad_out_rows, &for_out,
                           &for_keys,      &keys_across,  &values_across, &weights,         &grad_scores,
-                          &squashed,      &grad_k,       &grad_v,      &keep};
+                          &squashed,      &for_grad_k,   &for_grad_v,    &keep};
     size_t bytes = 0;
     for (const int64_t count : counts) bytes += Arena::bytes<T>(count);
     Arena arena(0, bytes);
@@ -72,8 +101,8 @@ struct Tile {
   }
   void load_keys(const Head& h, int64_t j0, int64_t n) {
     if (few_queries(p)) return;
-    load_across(p.k, h.at_k(p.k, j0), n, p.d, grad_k, keys_across);
-    load_across(p.v, h.at_k(p.v, j0), n, p.dv, grad_v, values_across);
+    load_across(p.k, h.at_k(p.k, j0), n, p.d, for_grad_k, keys_across);
+    load_across(p.v, h.at_k(p.v, j0), n, p.dv, for_grad_v, values_across);
   }
   void load_key_rows(const Head& h, int64_t j0, int64_t n) {
     const int64_t first = h.at_k(p.k, j0);
@@ -106,8 +135,9 @@ struct Tile {
     }
   }
 
-  // Of the loaded queries and keys: the weights (after dropout), and the gradient of the scores as the mask meets them.
-  void run(const Head& h, int64_t i0, int64_t rows, int64_t j0, int64_t n, const T* subtract, const T* shift) {
+  // Of the loaded queries and keys: the weights (after dropout), and `scale` times the gradient of the scores as the mask
+  // meets them.
+  void run(const Head& h, int64_t i0, int64_t rows, int64_t j0, int64_t n, const T* subtract, const T* shift, T scale) {
     if (few_queries(p)) {
       dot_rows<T>(p.dtype, p.k, h.at_k(p.k, j0), n, p.d, q, rows, scoring.unit, weights);
       dot_rows<T>(p.dtype, p.v, h.at_k(p.v, j0), n, p.dv, grad_out, rows, T(1), grad_scores);
@@ -121,9 +151,9 @@ struct Tile {
         T *s = weights + r * kKeys, *grad = grad_scores + r * kKeys;
 #pragma GCC unroll 4
         for (int64_t c = 0; c < kKeys; c += kLanes<T>) {
-          const Vec<T> weight = exp2<T>(load(s + c) - shift[r]);
+          const Vec<T> weight = exp2<T, kPairs>(load(s + c) - shift[r]);
           store(s + c, weight);
-          store(grad + c, weight * (load(grad + c) - subtract[r]));
+          store(grad + c, weight * scale * (load(grad + c) - subtract[r]));
         }
       }
       return;
@@ -150,7 +180,7 @@ struct Tile {
       for (int64_t c = 0; c < n; c += kLanes<T>) {
         const Vec<T> weight = whole(h) ? load(s + c) * inverse : exp2<T>(load(s + c) - shift[r]), factor = factors(c);
         store(s + c, weight * factor);
-        store(grad + c, weight * (load(grad + c) * factor - less));
+        store(grad + c, weight * scale * (load(grad + c) * factor - less));
       }
     }
   }
@@ -166,8 +196,10 @@ struct Tile {
     }
   }
 
-  // Adds the tile's share to the gradients of k and v, and of q in its rows. Uses up weights, grad_scores and squashed.
-  void add_gradients(int64_t rows, int64_t n, T* grad_q) {
+  // The tile's share of the gradients of k and v, the first one or one more, is added to that of q in its rows. Uses up
+  // weights, grad_scores and squashed.
+  void add_gradients(int64_t rows, int64_t n, bool first, const Sum<T>& grad_k, const Sum<T>& grad_v, T* grad_q,
+                     int64_t grad_q_row) {
     const T *across = weights, *grad_across = grad_scores, *grad_along = grad_scores;  // q across, along k
     const int64_t row_depth = kPairs ? words(rows) : rows, key_depth = kPairs ? words(n) : n;
 #if defined(__AVX512BF16__)
@@ -179,9 +211,11 @@ struct Tile {
       across = squashed, grad_across = half, grad_along = weights;
     }
 #endif
-    product<T, kPairs>(n, p.dv, row_depth, {across, 1, kKeys}, grad_out_rows.data, grad_out_rows.row, grad_v, out_width, true);
-    product<T, kPairs>(n, p.d, row_depth, {grad_across, 1, kKeys}, q_rows.data, q_rows.row, grad_k, width, true);
-    product<T, kPairs>(rows, p.d, key_depth, {grad_along, kKeys, 1}, keys.data, keys.row, grad_q, width, true);
+    product<T, kPairs>(n, p.dv, row_depth, {across, 1, kKeys}, grad_out_rows.data, grad_out_rows.row, grad_v.data,
+                       grad_v.row, !first);
+    product<T, kPairs>(n, p.d, row_depth, {grad_across, 1, kKeys}, q_rows.data, q_rows.row, grad_k.data, grad_k.row,
+                       !first);
+    product<T, kPairs>(rows, p.d, key_depth, {grad_along, kKeys, 1}, keys.data, keys.row, grad_q, grad_q_row, true);
   }
 
  private:
@@ -204,12 +238,6 @@ struct Tile {
     });
   }
 };
-
-template <class T>
-void store_grad_q(const AttentionBackward& p, const Head& h, const T* sum) {
-  const T scale = static_cast<T>(p.scale);
-  store_rows<T>(p.dtype, p.grad_q.data, h.at_q(p.grad_q, 0), p.grad_q.row, h.lq, p.d, sum, padded<T>(p.d), &scale, 0);
-}
 
 // One head of k and v, whose group's heads are all short.
 void short_backward(const AttentionBackward& p, const Head& group, int64_t batch) {
@@ -259,18 +287,22 @@ void backward_unit(const AttentionBackward& p, int64_t batch, int64_t kv_head, i
   const Head group(p, batch, kv_head * p.groups);
   if (p.splits == 1 && !p.grad_weights && is_short(p, group)) return short_backward(p, group, batch);
   Tile<T, kPairs> tile(p);
-  const int64_t width = tile.width, out_width = tile.out_width;
+  const int64_t width = tile.width;
   const int64_t per_head = group.lq * width, rows_in_all = p.groups * group.lq;
   const size_t sums = p.splits == 1 ? Arena::bytes<T>(p.groups * per_head) : 0;
   Arena arena(1, sums + 2 * Arena::bytes<T>(rows_in_all));
   T* subtract = arena.take<T>(rows_in_all);
   T* shift = arena.take<T>(rows_in_all);
-  T* grad_q = p.splits == 1 ? arena.take<T>(p.groups * per_head)
-                            : static_cast<T*>(p.partial_grad_q) +
-                                  ((batch * p.heads / p.groups + kv_head) * p.splits + split) * p.groups * per_head;
-  for (int64_t x = 0; x < p.groups * per_head; x += kLanes<T>) store(grad_q + x, Vec<T>{});
+  T* for_grad_q = p.splits == 1 ? arena.take<T>(p.groups * per_head)
+                                : static_cast<T*>(p.partial_grad_q) +
+                                      ((batch * p.heads / p.groups + kv_head) * p.splits + split) * p.groups * per_head;
+  const auto sum_of_q = [&](int64_t g) {
+    return Sum<T>(p, p.grad_q, Head(p, batch, kv_head * p.groups + g).at_q(p.grad_q, 0), p.d, for_grad_q + g * per_head,
+                  p.splits == 1);
+  };
   for (int64_t g = 0; g < p.groups; ++g) {
     const Head h(p, batch, kv_head * p.groups + g);
+    sum_of_q(g).clear(h.lq);
     for (int64_t i0 = 0; i0 < h.lq; i0 += kRows) {
       const int64_t rows = smaller(kRows, h.lq - i0);
       tile.row_terms(h, i0, rows, subtract + g * h.lq + i0, shift + g * h.lq + i0);
@@ -279,32 +311,30 @@ void backward_unit(const AttentionBackward& p, int64_t batch, int64_t kv_head, i
 
   for (int64_t j0 = split * kKeys; j0 < group.lk; j0 += p.splits * kKeys) {
     const int64_t n = smaller(kKeys, group.lk - j0);
+    const Sum<T> grad_k(p, p.grad_k, group.at_k(p.grad_k, j0), p.d, tile.for_grad_k);
+    const Sum<T> grad_v(p, p.grad_v, group.at_k(p.grad_v, j0), p.dv, tile.for_grad_v);
     tile.load_keys(group, j0, n);
     tile.load_key_rows(group, j0, n);
-    for (int64_t x = 0; x < n * width; x += kLanes<T>) store(tile.grad_k + x, Vec<T>{});
-    for (int64_t x = 0; x < n * out_width; x += kLanes<T>) store(tile.grad_v + x, Vec<T>{});
+    bool first = true;
     for (int64_t g = 0; g < p.groups; ++g) {
       const Head h(p, batch, kv_head * p.groups + g);
+      const Sum<T> grad_q = sum_of_q(g);
       for (int64_t i0 = 0; i0 < h.lq; i0 += kRows) {
         const int64_t rows = smaller(kRows, h.lq - i0), row = g * h.lq + i0;
         const Span span = visible(p, h, i0, i0 + rows);
         if (span.first >= j0 + n || span.last <= j0) continue;
         tile.load_queries(h, i0, rows);
-        tile.run(h, i0, rows, j0, n, subtract + row, shift + row);
+        tile.run(h, i0, rows, j0, n, subtract + row, shift + row, static_cast<T>(p.scale));
         tile.uncap(rows, n);
-        tile.add_gradients(rows, n, grad_q + row * width);
+        tile.add_gradients(rows, n, first, grad_k, grad_v, grad_q.data + i0 * grad_q.row, grad_q.row);
+        first = false;
       }
     }
-    const T one = 1, scale = static_cast<T>(p.scale);
-    store_rows<T>(p.dtype, p.grad_k.data, group.at_k(p.grad_k, j0), p.grad_k.row, n, p.d, tile.grad_k, width, &scale,
-                  0);
-    store_rows<T>(p.dtype, p.grad_v.data, group.at_k(p.grad_v, j0), p.grad_v.row, n, p.dv, tile.grad_v, out_width, &one,
-                  0);
+    if (first) grad_k.clear(n), grad_v.clear(n);
+    grad_k.finish(n), grad_v.finish(n);
   }
   if (p.splits != 1) return;
-  for (int64_t g = 0; g < p.groups; ++g) {
-    store_grad_q<T>(p, Head(p, batch, kv_head * p.groups + g), grad_q + g * per_head);
-  }
+  for (int64_t g = 0; g < p.groups; ++g) sum_of_q(g).finish(group.lq);
 }
 
 // Adds the splits' sums for one query head.
@@ -317,7 +347,8 @@ void join_splits(const AttentionBackward& p, int64_t batch, int64_t head) {
   for (int64_t split = 1; split < p.splits; ++split) {
     for (int64_t x = 0; x < size; x += kLanes<T>) store(sum + x, load(sum + x) + load(sum + split * step + x));
   }
-  store_grad_q<T>(p, h, sum);
+  static constexpr T one = 1;
+  store_rows<T>(p.dtype, p.grad_q.data, h.at_q(p.grad_q, 0), p.grad_q.row, h.lq, p.d, sum, padded<T>(p.d), &one, 0);
 }
 
 // ---- the mask's gradient ---------------------------------------------------------------------------------------
@@ -377,7 +408,7 @@ void mask_unit(const AttentionBackward& p, int64_t b, int64_t h, int64_t i0, int
           const int64_t nj = smaller(kKeys, keys.end - j);
           if (span.first >= j + nj || span.last <= j) continue;
           tile.load_keys(at, j, nj);
-          tile.run(at, i, ni, j, nj, subtract, shift);
+          tile.run(at, i, ni, j, nj, subtract, shift, T(1));
           add_tile(ni, nj, tile.grad_scores, sizes[2] == 1, sizes[3] == 1, sum);
         }
       }

@@ -7,13 +7,13 @@
 namespace fastnets::FASTNETS_ISA {
 namespace {
 
-constexpr int64_t kQueries = 256;       // queries in a block: they share every transposed block of keys
+constexpr int64_t kQueries = 256;  // queries in a block: they share every transposed block of keys
 constexpr double kSqrt2 = 1.4142135623730950488;
 constexpr double kLeastWork = 1 << 17;  // multiply-adds worth waking a thread for
 
-// A row's weights are relative to a score that only one larger by this (a factor of 2^8) replaces: after the first block
-// hardly any does, and what came before keeps its scale. Of pairs every larger one does: the largest weight is 1, which
-// rounding to bfloat16 leaves as it is.
+// A row's weights are relative to a score that only one larger by this (a factor of 2^8) replaces: after the first
+// block hardly any does, and what came before keeps its scale. Of pairs every larger one does: the largest weight is 1,
+// which rounding to bfloat16 leaves as it is.
 template <class T, bool kPairs>
 constexpr T kSlack = kPairs ? 0 : 8;
 
@@ -24,9 +24,15 @@ struct Block {
   T* staged;  // keys before they are transposed
 
   Block(const Attention& p, int64_t rows) {
-    const int64_t counts[] = {rows * padded<T>(p.d),  rows * padded<T>(p.dv), p.d * kKeys,
-                              kKeys * padded<T>(p.dv), 2 * kGroupRows * kKeys, padded<T>(rows),
-                              padded<T>(rows) * kLanes<T>, kKeys,                  kKeys * padded<T>(p.d)};
+    const int64_t counts[] = {rows * padded<T>(p.d),
+                              rows * padded<T>(p.dv),
+                              p.d * kKeys,
+                              kKeys * padded<T>(p.dv),
+                              2 * kGroupRows * kKeys,
+                              padded<T>(rows),
+                              padded<T>(rows) * kLanes<T>,
+                              kKeys,
+                              kKeys * padded<T>(p.d)};
     T** const pieces[] = {&q, &out, &keys, &values, &scores, &largest, &sums, &keep, &staged};
     size_t bytes = 0;
     for (const int64_t count : counts) bytes += Arena::bytes<T>(count);

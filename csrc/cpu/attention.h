@@ -347,8 +347,8 @@ FASTNETS_INLINE void tile_row(int vecs, int64_t depth, const Left<T>& a, const T
 
 // c[rows, cols] = factors * c + a b, or scale * a b, for at most kGroupRows rows; whole vectors of c are written.
 template <class T, bool kPairs>
-void group_product(int64_t rows, int64_t cols, int64_t depth, const Left<T>& a, const T* b, int64_t b_row, T* c, int64_t c_row,
-                   const T* factors, T scale = T(1)) {
+void group_product(int64_t rows, int64_t cols, int64_t depth, const Left<T>& a, const T* b, int64_t b_row, T* c,
+                   int64_t c_row, const T* factors, T scale = T(1)) {
   for (int64_t at = 0; at < cols; at += kTileVecs * kLanes<T>) {
     const int vecs = static_cast<int>(smaller(kTileVecs, (cols - at + kLanes<T> - 1) / kLanes<T>));
     switch (rows) {
@@ -371,8 +371,8 @@ FASTNETS_INLINE void in_groups(int64_t rows, const Body& body) {
 
 // c[rows, cols] = scale * a b, or c + a b.
 template <class T, bool kPairs>
-void product(int64_t rows, int64_t cols, int64_t depth, const Left<T>& a, const T* b, int64_t b_row, T* c, int64_t c_row,
-             bool accumulate, T scale = T(1)) {
+void product(int64_t rows, int64_t cols, int64_t depth, const Left<T>& a, const T* b, int64_t b_row, T* c,
+             int64_t c_row, bool accumulate, T scale = T(1)) {
   static constexpr T ones[kGroupRows] = {1, 1, 1, 1, 1, 1};
   in_groups(rows, [&](int64_t begin, int64_t end) {
     group_product<T, kPairs>(end - begin, cols, depth, {a.data + begin * a.row, a.row, a.col}, b, b_row,
@@ -476,8 +476,7 @@ FASTNETS_INLINE Vec<T> exp2(Vec<T> x) {
   Vec<T> shifted = x + (kRounding<T> + kBias<T>);  // its low bits are the exponent field of 2^n, whole
   asm("" : "+x"(shifted));
   const Vec<T> r = x - (shifted - (kRounding<T> + kBias<T>));
-  return exp2_fraction<T, coarse>(r) *
-         reinterpret_cast<Vec<T>>(reinterpret_cast<Vec<Int<T>>>(shifted) << kMantissa<T>);
+  return exp2_fraction<T, coarse>(r) * reinterpret_cast<Vec<T>>(reinterpret_cast<Vec<Int<T>>>(shifted) << kMantissa<T>);
 }
 
 // The largest of a row's scores, lane by lane.

@@ -43,17 +43,17 @@ template <class T, bool kPairs>
 struct Tile {
   const AttentionBackward& p;
   const Scoring<T> scoring;
-  const int64_t width, out_width;       // of a row of q or k, of v
-  const int64_t depth, out_depth;       // of products along them
-  Rows<T> q, grad_out;                  // [kRows, depth], [kRows, out_depth]
-  Rows<T> q_rows, grad_out_rows;        // [kRows, d], [kRows, dv]: q and grad_out themselves if not of pairs
-  Rows<T> keys;                         // [kKeys, d]
+  const int64_t width, out_width;  // of a row of q or k, of v
+  const int64_t depth, out_depth;  // of products along them
+  Rows<T> q, grad_out;             // [kRows, depth], [kRows, out_depth]
+  Rows<T> q_rows, grad_out_rows;   // [kRows, d], [kRows, dv]: q and grad_out themselves if not of pairs
+  Rows<T> keys;                    // [kKeys, d]
   T *for_q, *for_grad_out, *for_q_rows, *for_grad_out_rows, *for_out, *for_keys;  // room for copies
-  T* keys_across;                       // [depth, kKeys]
-  T* values_across;                     // [out_depth, kKeys]
-  T *weights, *grad_scores, *squashed;  // [kRows, kKeys]
-  T *for_grad_k, *for_grad_v;           // [kKeys, d], [kKeys, dv]
-  T* keep;                              // [kKeys]
+  T* keys_across;                                                                 // [depth, kKeys]
+  T* values_across;                                                               // [out_depth, kKeys]
+  T *weights, *grad_scores, *squashed;                                            // [kRows, kKeys]
+  T *for_grad_k, *for_grad_v;                                                     // [kKeys, d], [kKeys, dv]
+  T* keep;                                                                        // [kKeys]
 
   explicit Tile(const AttentionBackward& params)
       : p(params),
@@ -77,9 +77,9 @@ struct Tile {
                               kKeys * width,
                               kKeys * out_width,
                               kKeys};
-    T** const pieces[] = {&for_q,         &for_grad_out, &for_q_rows,  &for_grad_out_rows, &for_out,
-                          &for_keys,      &keys_across,  &values_across, &weights,         &grad_scores,
-                          &squashed,      &for_grad_k,   &for_grad_v,    &keep};
+    T** const pieces[] = {&for_q,       &for_grad_out,  &for_q_rows, &for_grad_out_rows, &for_out,  &for_keys,
+                          &keys_across, &values_across, &weights,    &grad_scores,       &squashed, &for_grad_k,
+                          &for_grad_v,  &keep};
     size_t bytes = 0;
     for (const int64_t count : counts) bytes += Arena::bytes<T>(count);
     Arena arena(0, bytes);
@@ -135,16 +135,16 @@ struct Tile {
     }
   }
 
-  // Of the loaded queries and keys: the weights (after dropout), and `scale` times the gradient of the scores as the mask
-  // meets them.
+  // Of the loaded queries and keys: the weights (after dropout), and `scale` times the gradient of the scores as the
+  // mask meets them.
   void run(const Head& h, int64_t i0, int64_t rows, int64_t j0, int64_t n, const T* subtract, const T* shift, T scale) {
     if (few_queries(p)) {
       dot_rows<T>(p.dtype, p.k, h.at_k(p.k, j0), n, p.d, q, rows, scoring.unit, weights);
       dot_rows<T>(p.dtype, p.v, h.at_k(p.v, j0), n, p.dv, grad_out, rows, T(1), grad_scores);
     } else {
       product<T, kPairs>(rows, n, depth, {q.data, q.row, 1}, keys_across, kKeys, weights, kKeys, false, scoring.unit);
-      product<T, kPairs>(rows, n, out_depth, {grad_out.data, grad_out.row, 1}, values_across, kKeys, grad_scores,
-                         kKeys, false);
+      product<T, kPairs>(rows, n, out_depth, {grad_out.data, grad_out.row, 1}, values_across, kKeys, grad_scores, kKeys,
+                         false);
     }
     if (n == kKeys && !whole(h) && p.dropout == 0 && !p.grad_weights && scoring.finished(h, i0, i0 + rows, j0, n)) {
       for (int64_t r = 0; r < rows; ++r) {

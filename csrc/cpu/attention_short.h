@@ -1,5 +1,6 @@
 // Attention to at most 16 keys: lanes are queries and a score's keys are registers, so that the softmax runs over
-// registers and no sum crosses lanes. float32 without mask, bias, cap or dropout; wide vectors alone have the registers.
+// registers and no sum crosses lanes. float32 without mask, bias, cap or dropout; wide vectors alone have the
+// registers.
 #pragma once
 
 #include "attention.h"
@@ -15,7 +16,9 @@ inline bool is_short(const Attention& p, const Head& h) {
          p.softcap == 0 && p.dropout == 0;
 }
 
-inline Rows<float> rows_at(const AttentionArray& x, int64_t at) { return {static_cast<const float*>(x.data) + at, x.row}; }
+inline Rows<float> rows_at(const AttentionArray& x, int64_t at) {
+  return {static_cast<const float*>(x.data) + at, x.row};
+}
 
 // Queries i0 ... i0 + count of one head, at most a vector of them.
 template <int kCount>

@@ -324,7 +324,8 @@ FASTNETS_INLINE bool any_greater(Vec<T> a, Vec<T> b) {
   if constexpr (std::is_same_v<T, float>) return _mm512_cmp_ps_mask(__m512(a), __m512(b), _CMP_GT_OQ) != 0;
   if constexpr (std::is_same_v<T, double>) return _mm512_cmp_pd_mask(__m512d(a), __m512d(b), _CMP_GT_OQ) != 0;
 #elif defined(__AVX2__)
-  if constexpr (std::is_same_v<T, float>) return _mm256_movemask_ps(_mm256_cmp_ps(__m256(a), __m256(b), _CMP_GT_OQ)) != 0;
+  if constexpr (std::is_same_v<T, float>)
+    return _mm256_movemask_ps(_mm256_cmp_ps(__m256(a), __m256(b), _CMP_GT_OQ)) != 0;
   if constexpr (std::is_same_v<T, double>) {
     return _mm256_movemask_pd(_mm256_cmp_pd(__m256d(a), __m256d(b), _CMP_GT_OQ)) != 0;
   }

@@ -159,6 +159,11 @@ CASES = [
     _ours("L130 window (5, 3)", _square(1, 2, 130, 8), window_size=(5, 3)),
     _ours("L200 window (70, 0)", _square(1, 2, 200, 8), window_size=(70, None), is_causal=True),
     _ours("L200x130 window (1, 1), empty rows", (1, 2, 2, 200, 130, 8, 8), window_size=(1, 1), return_lse=True),
+    # At most 16 keys, in whole vectors.
+    _case("L20x16 D16, Dv 32, causal", (2, 2, 2, 20, 16, 16, 32), is_causal=True),
+    _ours("L9x16 D32, causal, bottom right", (2, 2, 2, 9, 16, 32, 32), bottom_right=True, return_lse=True),
+    _ours("L40x13 window (2, 1), grouped", (2, 4, 2, 40, 13, 32, 16), window_size=(2, 1), return_lse=True),
+    _case("L12 of [B, L, H, D], 4 heads on 1", (2, 4, 1, 12, 12, 16, 16), packed=True),
     # Masks and biases.
     _case("boolean mask", (2, 4, 4, 37, 65, 8, 12), "boolean"),
     _ours("boolean mask, empty rows", (2, 4, 4, 37, 65, 8, 12), "empty rows", return_lse=True),

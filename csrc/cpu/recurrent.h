@@ -338,14 +338,17 @@ void panel_product_rows(int rows, const Lefts<T>& lefts, const T* w, T* out) {
 }
 
 // Rows [row_begin, row_end) of the left operands times panels [panel_begin, panel_end): finish(panel, first row, past
-// row, sums) is called with each tile's sums, [rows][vectors of the panel].
+// row, sums) is called with each tile's sums, [rows][vectors of the panel]. Every other step takes the panels from the
+// last on: those that a step ends with are in the caches when the next one begins (1 MB of weights, a row: 1.17 times
+// as fast).
 template <bool kPairs = false, class T, class Finish>
-FASTNETS_INLINE void multiply_panels(const Panels<T>& w, const Lefts<T>& lefts, int64_t row_begin, int64_t row_end,
-                                     int64_t panel_begin, int64_t panel_end, const Finish& finish) {
+FASTNETS_INLINE void multiply_panels(const Panels<T>& w, const Lefts<T>& lefts, int64_t step, int64_t row_begin,
+                                     int64_t row_end, int64_t panel_begin, int64_t panel_end, const Finish& finish) {
   alignas(kVectorBytes) T sums[kMaxTile * kLanes<T>];
   const int64_t rows = row_end - row_begin;
   if (rows <= 0) return;
-  for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+  for (int64_t turn = panel_begin; turn < panel_end; ++turn) {
+    const int64_t panel = step % 2 == 0 ? turn : panel_begin + panel_end - 1 - turn;
     const int vectors = w.vectors(panel);
     const int64_t tiles = (rows + max_rows(vectors) - 1) / max_rows(vectors);  // as even as they can be
     for (int64_t i = 0; i < tiles; ++i) {

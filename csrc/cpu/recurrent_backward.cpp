@@ -501,16 +501,19 @@ struct Backward {
   // with the number of blocks and not with that of rows.
   template <class Value>
   FASTNETS_INLINE void add_rows(int64_t count, int64_t columns, T* to, const Value& value) {
-    constexpr int64_t block = 32;
-    for (int64_t row = 0; row < count; row += block) {
-      const int64_t past = at_most(row + block, count);
-      for (int64_t j = 0; j < columns; j += kWidth) {
-        const int n = static_cast<int>(at_most(kWidth, columns - j));
-        Vec<T> sum{};
-        for (int64_t r = row; r < past; ++r) sum += value(r, j, n);
-        store_lanes(to + j, load_lanes(to + j, n) + sum, n);
+    constexpr int64_t block = 32, least_added = int64_t{1} << 15;  // elements worth waking a thread for
+    const int64_t vectors = (columns + kWidth - 1) / kWidth;
+    parallel(vectors, least_added / (count * kWidth + 1) + 1, [&](int64_t begin, int64_t end) {
+      for (int64_t row = 0; row < count; row += block) {
+        const int64_t past = at_most(row + block, count);
+        for (int64_t j = begin * kWidth; j < at_most(end * kWidth, columns); j += kWidth) {
+          const int n = static_cast<int>(at_most(kWidth, columns - j));
+          Vec<T> sum{};
+          for (int64_t r = row; r < past; ++r) sum += value(r, j, n);
+          store_lanes(to + j, load_lanes(to + j, n) + sum, n);
+        }
       }
-    }
+    });
   }
   // Likewise of those rows that run, whose times begin with `low`: value(t, b, row, j, n).
   template <class Value>

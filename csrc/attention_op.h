@@ -25,7 +25,7 @@ inline Tensor empty_like_rows(const Tensor& x, std::array<int64_t, 4> sizes) {
   std::array<int64_t, 3> order = {0, 1, 2};
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return x.stride(a) > x.stride(b); });
   const std::array<int64_t, 4> shape = {sizes[order[0]], sizes[order[1]], sizes[order[2]], sizes[3]};
-  Tensor y = torch::stable::new_empty(x, {shape.data(), shape.size()});
+  Tensor y = allocate(x, {shape.data(), shape.size()});
   // Swaps bring every dimension to its place; order says which one stands where.
   for (int64_t d = 0; d < 3; ++d) {
     const int64_t from = std::find(order.begin(), order.end(), d) - order.begin();
@@ -134,7 +134,7 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, c
                {mask, slopes, seed, starts_q, starts_k, scale, softcap, left, right, offset, dropout, tf32});
   Tensor out = empty_like_rows(q, {q.size(0), p.heads, p.lq, p.dv});
   const std::array<int64_t, 3> rows = {q.size(0), p.heads, p.lq};
-  Tensor lse = torch::stable::new_empty(q, {rows.data(), rows.size()}, lse_dtype(p));
+  Tensor lse = allocate(q, {rows.data(), rows.size()}, lse_dtype(p));
   p.out = array_of(out, "out");
   p.lse = lse.data_ptr();
   if (lse.numel() > 0) Device::run(p, q);
@@ -150,7 +150,7 @@ Tensor attention_weights(const Tensor& q, const Tensor& k, const Tensor& lse, co
   fill<Device>(p, q, k, k, {mask, slopes, seed, none, none, scale, softcap, left, right, offset, dropout, tf32});
   p.lse = lse_of(p, lse, "lse");
   const std::array<int64_t, 4> shape = {p.batch, p.heads, p.lq, p.lk};
-  Tensor weights = torch::stable::new_empty(q, {shape.data(), shape.size()});
+  Tensor weights = allocate(q, {shape.data(), shape.size()});
   p.weights = weights.data_ptr();
   if (weights.numel() > 0) Device::run(p, q);
   return weights;
@@ -189,11 +189,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   p.grad_q = array_of(grad_q, "grad_q"), p.grad_k = array_of(grad_k, "grad_k"), p.grad_v = array_of(grad_v, "grad_v");
 
   const std::array<int64_t, 1> none = {0};
-  Tensor grad_mask = torch::stable::new_empty(q, {none.data(), none.size()});
+  Tensor grad_mask = allocate(q, {none.data(), none.size()});
   if (bias_gradient) {
     STD_TORCH_CHECK(p.mask_kind == MaskKind::kAdditive, "only an additive mask has a gradient");
     for (int64_t d = 0; d < 4; ++d) p.mask_sizes[d] = mask->size(d);
-    grad_mask = torch::stable::new_empty(*mask, {p.mask_sizes, 4});
+    grad_mask = allocate(*mask, {p.mask_sizes, 4});
     if (grad_mask.numel() > 0) p.grad_mask = grad_mask.data_ptr();
   }
 

@@ -40,7 +40,7 @@ inline Tensor new_tensor(const Tensor& like, int64_t batch, int64_t channels, co
   if (!channels_last) shape.push_back(channels);
   shape.insert(shape.end(), size.begin(), size.end());
   if (channels_last) shape.push_back(channels);
-  Tensor t = torch::stable::new_empty(like, shape);
+  Tensor t = allocate(like, shape);
   for (int64_t d = t.dim() - 1; channels_last && d > 1; --d) t = torch::stable::transpose(t, d, d - 1);
   return t;
 }

@@ -48,7 +48,7 @@ struct BackwardCall {
 };
 
 inline Tensor new_empty(const Tensor& x, std::initializer_list<int64_t> size, std::optional<ScalarType> dtype = {}) {
-  return torch::stable::new_empty(x, {size.begin(), size.size()}, dtype);
+  return allocate(x, {size.begin(), size.size()}, dtype);
 }
 
 inline ScalarType computing(const Tensor& x) {
@@ -178,8 +178,8 @@ inline BackwardCall backward_call(const OptionalTensor& grad_y, const OptionalTe
   };
   if (s.cell == Cell::kLstm || s.cell == Cell::kGru) check_saved(gates, saved_gates(s) * s.hidden, "gates");
   if (s.cell == Cell::kLstm) check_saved(cells, s.hidden, "cells");
-  Tensor grad_h0 = torch::stable::empty_like(o.h0);
-  Tensor grad_c0 = o.c0 ? torch::stable::empty_like(*o.c0) : new_empty(x, {0});
+  Tensor grad_h0 = new_empty(x, {s.batch, s.output});
+  Tensor grad_c0 = o.c0 ? new_empty(x, {s.batch, s.hidden}) : new_empty(x, {0});
   p.grad_h0 = grad_h0.data_ptr();
   if (o.c0) p.grad_c0 = grad_c0.data_ptr();
   p.grad_y = pointer_or_null(grad_y), p.grad_h = pointer_or_null(grad_h), p.grad_c = pointer_or_null(grad_c);

@@ -294,9 +294,10 @@ def test_any_input_runs_as_the_reference_does_or_is_refused(data):
 
 
 @pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
-def test_threads_that_share_a_step_change_nothing(cell):
+@pytest.mark.parametrize(("rows", "hidden"), [(2, 200), (20, 300)])
+def test_threads_that_share_a_step_change_nothing(cell, rows, hidden):
     """Few rows, and weights enough that threads share the hidden units; eight on fewer processors come late."""
-    layer, x = getattr(fastnets.nn, cell)(96, 200), torch.randn(30, 2, 96)
+    layer, x = getattr(fastnets.nn, cell)(96, hidden), torch.randn(30, rows, 96)
     found, threads = [], torch.get_num_threads()
     try:
         for count in (1, 2, 3, 8):

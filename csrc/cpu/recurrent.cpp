@@ -147,17 +147,21 @@ struct Forward {
     }
     if (s.is_variant) return run_variant(begin, end, low, gates);
     switch (s.cell) {
-      case Cell::kLstm: return run_cells(begin, end, low, gates, [&](auto... at) { lstm(at...); });
-      case Cell::kGru: return run_cells(begin, end, low, gates, [&](auto... at) { gru(at...); });
-      case Cell::kRnnTanh: return run_cells(begin, end, low, gates, [&](auto... at) { rnn<TanhCell<Simd<T>>>(at...); });
-      case Cell::kRnnRelu: return run_cells(begin, end, low, gates, [&](auto... at) { rnn<ReluCell<Simd<T>>>(at...); });
+      case Cell::kLstm: return run_cells(begin, end, low, gates, [&](const Tile& at) { lstm(at); });
+      case Cell::kGru: return run_cells(begin, end, low, gates, [&](const Tile& at) { gru(at); });
+      case Cell::kRnnTanh:
+        return run_cells(begin, end, low, gates, [&](const Tile& at) { rnn<TanhCell<Simd<T>>>(at); });
+      case Cell::kRnnRelu:
+        return run_cells(begin, end, low, gates, [&](const Tile& at) { rnn<ReluCell<Simd<T>>>(at); });
     }
   }
 
   void run_variant(int64_t begin, int64_t end, int64_t low, T* gates) {
-    if (!normed) return run_cells(begin, end, low, gates, [&](auto... at) { variant(at...); });
-    const auto keep = [&](int64_t, int64_t, int64_t, int64_t, int n, const T* sums, T* to) {
-      for (int q = 0; q < 4; ++q) store_lanes(to + layout.recurrent + q * s.hidden, load(sums + q * kWidth), n);
+    if (!normed) return run_cells(begin, end, low, gates, [&](const Tile& at) { variant(at); });
+    const auto keep = [&](const Tile& at) {
+      each_row(at, [&](int64_t, const T* sums, T* to) {
+        for (int q = 0; q < 4; ++q) store_lanes(to + layout.recurrent + q * s.hidden, load(sums + q * kWidth), at.n);
+      });
     };
     // A row's norms need all of its units: those who share them leave the rest of the step to one.
     const Stage rest{1, [&](int64_t step, int64_t row, int64_t past, int64_t, int64_t) {
@@ -187,7 +191,28 @@ struct Forward {
 
   T* h_of(int64_t step) const { return step % 2 == 0 ? h_now : h_next; }
 
-  // cell(step, t, row, unit, units, sums, the row's gates) does one vector of units; `more` follow within a step.
+  // One vector of units of a register tile's rows.
+  struct Tile {
+    int64_t step, t, first, past, j;  // rows [first, past), units from j on
+    int n;                            // units
+    const T* sums;                    // of row `first`; the next row's are sums_row further
+    int64_t sums_row;
+    T* gates;  // of row `first` and unit j, in rows of layout.columns
+  };
+
+  // body(row, its sums, its gates) for the tile's rows that run.
+  template <class Body>
+  FASTNETS_INLINE void each_row(const Tile& at, const Body& body) {
+    const int64_t past = at.past, sums_row = at.sums_row, columns = layout.columns;
+    const int64_t* const length = rows.length;
+    const T* sums = at.sums;
+    T* gates = at.gates;
+    for (int64_t b = at.first, t = at.t; b < past; ++b, sums += sums_row, gates += columns) {
+      if (length == nullptr || t < length[b]) body(b, sums, gates);
+    }
+  }
+
+  // cell(tile) does one vector of units; `more` follow within a step.
   template <class Cells, class... More>
   FASTNETS_INLINE void run_cells(int64_t begin, int64_t end, int64_t low, T* gates, const Cells& cell,
                                  const More&... more) {
@@ -195,23 +220,21 @@ struct Forward {
         recurrent.count(), [&](int64_t step, int64_t row, int64_t past, int64_t panel, int64_t last) {
           const int64_t t = rows.time(step);
           const auto finish = [&](int64_t at, int64_t first, int64_t end_row, const T* sums) {
-            const int64_t unit = at * recurrent.units_of_panel();
+            const int64_t unit = at * recurrent.units_of_panel(), sums_row = recurrent.vectors(at) * kWidth;
             const int vectors = recurrent.vectors(at) / recurrent.gates;
-            for (int64_t b = first; b < end_row; ++b, sums += recurrent.vectors(at) * kWidth) {
-              if (!rows.runs(t, b)) continue;
-              T* row_gates = gates + ((t - low) * s.batch + b) * layout.columns;
-              for (int v = 0; v < vectors; ++v) {
-                const int64_t j = unit + v * kWidth;
-                cell(step, t, b, j, static_cast<int>(at_most(kWidth, s.hidden - j)), sums + v * kWidth, row_gates + j);
-              }
+            T* row_gates = gates + ((t - low) * s.batch + first) * layout.columns;
+            for (int v = 0; v < vectors; ++v) {
+              const int64_t j = unit + v * kWidth;
+              const int n = static_cast<int>(at_most(kWidth, s.hidden - j));
+              cell(Tile{step, t, first, end_row, j, n, sums + v * kWidth, sums_row, row_gates + j});
             }
           };
           past = at_most(past, rows.running_at(t));
           if (once) return visit_products(recurrent, products, row, past, panel, last, finish);
           if (pairs) {
-            return multiply_panels<kMayPair>(recurrent, pairs_of(step, t), row, past, panel, last, finish);
+            return multiply_panels<kMayPair>(recurrent, pairs_of(step, t), step, row, past, panel, last, finish);
           }
-          multiply_panels(recurrent, lefts(step, t - low, t), row, past, panel, last, finish);
+          multiply_panels(recurrent, lefts(step, t - low, t), step, row, past, panel, last, finish);
         }};
     const int64_t weights = recurrent.depth * layout.recurrents;
     if (p.w_hr == nullptr) return run_steps(begin, end, s.batch, weights, cells, more...);
@@ -228,7 +251,7 @@ struct Forward {
                             }
                           };
                           const Lefts<T> whole{{{unprojected, c_row, s.hidden}}};
-                          multiply_panels(projection, whole, row, at_most(past, rows.running_at(t)), panel, last,
+                          multiply_panels(projection, whole, step, row, at_most(past, rows.running_at(t)), panel, last,
                                           finish);
                         }};
     run_steps(begin, end, s.batch, weights + s.hidden * s.output, cells, more..., project);
@@ -241,24 +264,42 @@ struct Forward {
     if (t == rows.last_time(b)) store_lanes(static_cast<S*>(p.h) + b * s.output + j, h, n);
   }
 
-  FASTNETS_INLINE void lstm(int64_t step, int64_t t, int64_t b, int64_t j, int n, const T* sums, T* gates) {
-    Vec<T> g[4];
-    for (int q = 0; q < 4; ++q) {
-      g[q] = load(sums + q * kWidth) + load(bias + q * s.hidden + j);
-      if (!fused) g[q] += load_lanes(gates + q * s.hidden, n);
-    }
-    T* state = c + b * c_row + j;
-    Vec<T> cell = load(state);
-    const Vec<T> h = LstmCell<Simd<T>>::forward(g, cell);
-    if (saves_gates()) {
-      for (int q = 0; q < 4; ++q) store_lanes(gates + q * s.hidden, g[q], n);
-    }
-    keep_cell(t, b, j, n, cell);
-    if (p.w_hr == nullptr) {
-      emit(step, t, b, j, n, h);
-    } else {
-      store(unprojected + b * c_row + j, h);
-    }
+  void lstm(const Tile& at) {
+    if (at.n == kWidth) return lstm_rows(at, std::integral_constant<int, kWidth>{});
+    lstm_rows(at, at.n);
+  }
+  // What a row needs is at hand before the loop, which its stores would have it read again: else a layer of 64 units
+  // takes 1.1 times as long.
+  template <class Lanes>
+  FASTNETS_INLINE void lstm_rows(const Tile& at, Lanes n) {
+    const int64_t hidden = s.hidden, state_row = c_row, next_row = p.w_hr == nullptr ? h_row : c_row, t = at.t;
+    const bool adds = !fused, saves = saves_gates(), projects = p.w_hr != nullptr;
+    const bool ends = rows.length != nullptr || t == rows.last_time(0);
+    T* const state = c + at.j;
+    T* const next = projects ? unprojected + at.j : h_of(at.step + 1) + at.j;
+    S* const y = static_cast<S*>(p.y) + at.t * s.batch * hidden + at.j;  // without a projection
+    T* const cells = saves ? static_cast<T*>(p.cells) + at.t * s.batch * hidden + at.j : nullptr;
+    Vec<T> of_bias[4];
+    for (int q = 0; q < 4; ++q) of_bias[q] = load(bias + q * hidden + at.j);
+    each_row(at, [&, n](int64_t b, const T* sums, T* gates) {
+      Vec<T> g[4];
+      for (int q = 0; q < 4; ++q) {
+        g[q] = load(sums + q * kWidth) + of_bias[q];
+        if (adds) g[q] += load_lanes(gates + q * hidden, n);
+      }
+      Vec<T> cell = load(state + b * state_row);
+      const Vec<T> h = LstmCell<Simd<T>>::forward(g, cell);
+      if (saves) {
+        for (int q = 0; q < 4; ++q) store_lanes(gates + q * hidden, g[q], n);
+        store_lanes(cells + b * hidden, cell, n);
+      }
+      store(state + b * state_row, cell);
+      store(next + b * next_row, h);
+      if (!projects) store_lanes(y + b * hidden, h, n);
+      if (!ends || t != rows.last_time(b)) return;
+      store_lanes(static_cast<S*>(p.c) + b * hidden + at.j, cell, n);
+      if (!projects) store_lanes(static_cast<S*>(p.h) + b * hidden + at.j, h, n);
+    });
   }
   FASTNETS_INLINE void keep_cell(int64_t t, int64_t b, int64_t j, int n, Vec<T> cell) {
     store(c + b * c_row + j, cell);
@@ -272,17 +313,19 @@ struct Forward {
     return Variant::hold(options.hold_h(t * s.batch + b, j, n), load(h_of(step) + b * h_row + j), h);
   }
 
-  FASTNETS_INLINE void variant(int64_t step, int64_t t, int64_t b, int64_t j, int n, const T* sums, T* gates) {
-    const LstmOptions<Vec<T>> with = options.at(t * s.batch + b, j, n);
-    Vec<T> g[4];
-    for (int q = 0; q < 4; ++q) {
-      g[q] = load(sums + q * kWidth) + load(bias + q * s.hidden + j);
-      if (!fused) g[q] += load_lanes(gates + q * s.hidden, n);
-    }
-    const Vec<T> now = Variant::forward(g, load(c + b * c_row + j), with);
-    finish_variant(step, t, b, j, n, now, Variant::output(g, now, now, with), with);
-    if (!saves_gates()) return;
-    for (int q = 0; q < 4; ++q) store_lanes(gates + q * s.hidden, g[q], n);
+  void variant(const Tile& at) {
+    each_row(at, [&](int64_t b, const T* sums, T* gates) {
+      const LstmOptions<Vec<T>> with = options.at(at.t * s.batch + b, at.j, at.n);
+      Vec<T> g[4];
+      for (int q = 0; q < 4; ++q) {
+        g[q] = load(sums + q * kWidth) + load(bias + q * s.hidden + at.j);
+        if (!fused) g[q] += load_lanes(gates + q * s.hidden, at.n);
+      }
+      const Vec<T> now = Variant::forward(g, load(c + b * c_row + at.j), with);
+      finish_variant(at.step, at.t, b, at.j, at.n, now, Variant::output(g, now, now, with), with);
+      if (!saves_gates()) return;
+      for (int q = 0; q < 4; ++q) store_lanes(gates + q * s.hidden, g[q], at.n);
+    });
   }
   FASTNETS_INLINE void finish_variant(int64_t step, int64_t t, int64_t b, int64_t j, int n, Vec<T> now, Vec<T> h,
                                       const LstmOptions<Vec<T>>& with) {
@@ -325,25 +368,29 @@ struct Forward {
     }
   }
 
-  FASTNETS_INLINE void gru(int64_t step, int64_t t, int64_t b, int64_t j, int n, const T* sums, T* gates) {
-    Vec<T> g[4];
-    for (int q = 0; q < 4; ++q) {
-      g[q] = load(bias + q * s.hidden + j);
-      if (q < 3) g[q] += load_lanes(gates + q * s.hidden, n);
-      if (q > 0) g[q] += load(sums + (q - 1) * kWidth);
-    }
-    const Vec<T> h = GruCell<Simd<T>>::forward(g, load(h_of(step) + b * h_row + j));
-    if (saves_gates()) {
-      for (int q = 0; q < 4; ++q) store_lanes(gates + q * s.hidden, g[q], n);
-    }
-    emit(step, t, b, j, n, h);
+  void gru(const Tile& at) {
+    each_row(at, [&](int64_t b, const T* sums, T* gates) {
+      Vec<T> g[4];
+      for (int q = 0; q < 4; ++q) {
+        g[q] = load(bias + q * s.hidden + at.j);
+        if (q < 3) g[q] += load_lanes(gates + q * s.hidden, at.n);
+        if (q > 0) g[q] += load(sums + (q - 1) * kWidth);
+      }
+      const Vec<T> h = GruCell<Simd<T>>::forward(g, load(h_of(at.step) + b * h_row + at.j));
+      if (saves_gates()) {
+        for (int q = 0; q < 4; ++q) store_lanes(gates + q * s.hidden, g[q], at.n);
+      }
+      emit(at.step, at.t, b, at.j, at.n, h);
+    });
   }
 
   template <class RnnCell>
-  FASTNETS_INLINE void rnn(int64_t step, int64_t t, int64_t b, int64_t j, int n, const T* sums, T* gates) {
-    Vec<T> gate = load(sums) + load(bias + j);
-    if (!fused) gate += load_lanes(gates, n);
-    emit(step, t, b, j, n, RnnCell::forward(gate));
+  void rnn(const Tile& at) {
+    each_row(at, [&](int64_t b, const T* sums, T* gates) {
+      Vec<T> gate = load(sums) + load(bias + at.j);
+      if (!fused) gate += load_lanes(gates, at.n);
+      emit(at.step, at.t, b, at.j, at.n, RnnCell::forward(gate));
+    });
   }
 };
 

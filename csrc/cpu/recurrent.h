@@ -242,7 +242,7 @@ struct Panels {
   // From w[gates x units, deep], a weight as torch lays it out: panel[begin + p][g][j] = w[g * units + j][p].
   template <class S>
   void pack_transposed(const S* w, int64_t deep, int64_t begin = 0) {
-    for (int64_t i = 0; i < count(); ++i) {
+    each_panel([&](int64_t i) {
       const int64_t first = i * units_of_panel();
       const int stride = vectors(i) * kLanes<T>, width = stride / gates;
       const int lines = static_cast<int>(at_most(width, units - first));
@@ -257,22 +257,22 @@ struct Panels {
           }
         }
       }
-    }
+    });
   }
   // From w[2 depth, units] of one gate, for products in pairs.
   void pack_paired(const BFloat16* w) {
-    for (int64_t i = 0; i < count(); ++i) {
+    each_panel([&](int64_t i) {
       const int64_t first = i * units_of_panel();
       const int lines = static_cast<int>(at_most(units_of_panel(), units - first));
       with_count<kMaxVectors>(vectors(i), [&](auto n) {
         pack_pairs<n.value * kLanes<T>>(w + first, units, lines, 2 * depth, depth, at(i));
       });
-    }
+    });
   }
   // From w[depth, units] of one gate.
   template <class S>
   void pack(const S* w) {
-    for (int64_t i = 0; i < count(); ++i) {
+    each_panel([&](int64_t i) {
       const int64_t first = i * units_of_panel();
       T* to = at(i);
       for (int64_t p = 0; p < depth; ++p) {
@@ -281,7 +281,18 @@ struct Panels {
           store(to, load_lanes(w + p * units + j, static_cast<int>(at_most(kLanes<T>, units - j))));
         }
       }
-    }
+    });
+  }
+
+ private:
+  // On torch's threads.
+  template <class Body>
+  void each_panel(const Body& body) const {
+    constexpr int64_t least_packed = int64_t{1} << 15;  // elements worth waking a thread for
+    const int64_t size = depth * gates * units_of_panel();
+    parallel(count(), least_packed / (size + 1) + 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) body(i);
+    });
   }
 };
 
@@ -338,14 +349,17 @@ void panel_product_rows(int rows, const Lefts<T>& lefts, const T* w, T* out) {
 }
 
 // Rows [row_begin, row_end) of the left operands times panels [panel_begin, panel_end): finish(panel, first row, past
-// row, sums) is called with each tile's sums, [rows][vectors of the panel].
+// row, sums) is called with each tile's sums, [rows][vectors of the panel]. Every other step takes the panels from the
+// last on: those that a step ends with are in the caches when the next one begins (1 MB of weights, a row: 1.17 times
+// as fast).
 template <bool kPairs = false, class T, class Finish>
-FASTNETS_INLINE void multiply_panels(const Panels<T>& w, const Lefts<T>& lefts, int64_t row_begin, int64_t row_end,
-                                     int64_t panel_begin, int64_t panel_end, const Finish& finish) {
+FASTNETS_INLINE void multiply_panels(const Panels<T>& w, const Lefts<T>& lefts, int64_t step, int64_t row_begin,
+                                     int64_t row_end, int64_t panel_begin, int64_t panel_end, const Finish& finish) {
   alignas(kVectorBytes) T sums[kMaxTile * kLanes<T>];
   const int64_t rows = row_end - row_begin;
   if (rows <= 0) return;
-  for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+  for (int64_t turn = panel_begin; turn < panel_end; ++turn) {
+    const int64_t panel = step % 2 == 0 ? turn : panel_begin + panel_end - 1 - turn;
     const int vectors = w.vectors(panel);
     const int64_t tiles = (rows + max_rows(vectors) - 1) / max_rows(vectors);  // as even as they can be
     for (int64_t i = 0; i < tiles; ++i) {
@@ -395,14 +409,17 @@ Stage(int64_t, Run) -> Stage<Run>;
 
 // Runs the stages of steps [begin, end). Rows are independent, so that threads that share the batch meet only at the
 // end; where there are fewer rows than that pays for, and weights enough to be worth a meeting a stage, they share the
-// hidden units. `weights`: elements read a step. A row's result does not depend on how many threads there are.
+// hidden units: each reads its part of the weights alone. (16 rows on two threads, 2 MB of weights: 1.06 times as
+// fast.) `weights`: elements read a step. A row's result does not depend on how many threads there are.
 template <class... Stages>
 void run_steps(int64_t begin, int64_t end, int64_t batch, int64_t weights, const Stages&... stages) {
   constexpr int64_t least_work = int64_t{1} << 18;    // multiply-adds worth waking a thread for
   constexpr int64_t least_shared = int64_t{1} << 16;  // worth a meeting of threads that are awake
+  constexpr int64_t few = 2, several = 16;            // rows a thread, with so many weights or twice as many
   constexpr int64_t count = sizeof...(stages);
   const int64_t threads = thread_count();
-  if (threads > 1 && batch < 2 * threads && weights >= least_shared && (end - begin) * weights >= least_work) {
+  const int64_t too_few = weights < least_shared ? 0 : weights < 2 * least_shared ? few : several;
+  if (threads > 1 && batch < too_few * threads && (end - begin) * weights >= least_work) {
     in_phases((end - begin) * count, threads, [&](int64_t phase, int64_t piece) {
       int64_t i = 0;
       const auto share = [&](const auto& stage) {

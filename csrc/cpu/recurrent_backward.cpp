@@ -137,12 +137,12 @@ struct Backward {
         if (s.is_variant) {
           run_variant(begin, end, low);
         } else {
-          run_cells(begin, end, low, [&](auto... at) { lstm(at...); });
+          run_cells(begin, end, low, [&](const Tile& at) { lstm(at); });
         }
         break;
-      case Cell::kGru: run_cells(begin, end, low, [&](auto... at) { gru(at...); }); break;
-      case Cell::kRnnTanh: run_cells(begin, end, low, [&](auto... at) { rnn<TanhCell<Simd<T>>>(at...); }); break;
-      case Cell::kRnnRelu: run_cells(begin, end, low, [&](auto... at) { rnn<ReluCell<Simd<T>>>(at...); }); break;
+      case Cell::kGru: run_cells(begin, end, low, [&](const Tile& at) { gru(at); }); break;
+      case Cell::kRnnTanh: run_cells(begin, end, low, [&](const Tile& at) { rnn<TanhCell<Simd<T>>>(at); }); break;
+      case Cell::kRnnRelu: run_cells(begin, end, low, [&](const Tile& at) { rnn<ReluCell<Simd<T>>>(at); }); break;
     }
     for (int64_t b = 0; b < s.batch; ++b) {
       const int64_t t = rows.first_time(b);
@@ -189,16 +189,16 @@ struct Backward {
   Lefts<T> of_gates(const T* grad) const { return {{{grad + layout.recurrent, layout.columns, layout.recurrents}}}; }
 
   template <class Finish>
-  FASTNETS_INLINE void multiply_recurrent(const Lefts<T>& grad, int64_t row, int64_t past, int64_t panel, int64_t last,
-                                          const Finish& finish) const {
-    if (pairs) return multiply_panels<kMayPair>(recurrent, grad, row, past, panel, last, finish);
-    multiply_panels(recurrent, grad, row, past, panel, last, finish);
+  FASTNETS_INLINE void multiply_recurrent(const Lefts<T>& grad, int64_t step, int64_t row, int64_t past, int64_t panel,
+                                          int64_t last, const Finish& finish) const {
+    if (pairs) return multiply_panels<kMayPair>(recurrent, grad, step, row, past, panel, last, finish);
+    multiply_panels(recurrent, grad, step, row, past, panel, last, finish);
   }
 
   void run_variant(int64_t begin, int64_t end, int64_t low) {
-    if (!normed) return run_cells(begin, end, low, [&](auto... at) { variant(at...); });
-    const auto keep = [&](int64_t, int64_t, int64_t b, int64_t j, int, Vec<T> grad, T*) {
-      store(grad_out + b * c_row + j, grad);
+    if (!normed) return run_cells(begin, end, low, [&](const Tile& at) { variant(at); });
+    const auto keep = [&](const Tile& at) {
+      each_row(at, at.n, [&](int64_t b, Vec<T> grad) { store(grad_out + b * c_row + at.j, grad); });
     };
     const Stage rest{1, [&](int64_t done, int64_t row, int64_t past, int64_t, int64_t) {
                        const int64_t t = time(done);
@@ -209,67 +209,83 @@ struct Backward {
     run_cells(begin, end, low, keep, rest);
   }
 
-  // cell(t, low, row, unit, units, gradient of h before the projection, gradients of the row's gates); `more` follow
-  // within a step.
+  // One vector of units of a register tile's rows, and the products that make up the gradient of their h: with what
+  // else reaches it or, `projected`, all of it, before the projection.
+  struct Tile {
+    int64_t t, low, first, past, j;  // rows [first, past), units from j on
+    int n;                           // units
+    bool projected;
+    const T* sums;  // of row `first`; the next row's are sums_row further
+    int64_t sums_row;
+  };
+
+  // Calls cell(tile) for every vector of the panel `at` of w, whose rows [first, past) have these sums.
+  template <class Cells>
+  FASTNETS_INLINE void each_tile(const Panels<T>& w, int64_t at, int64_t first, int64_t past, const T* sums, int64_t t,
+                                 int64_t low, bool projected, const Cells& cell) const {
+    const int vectors = w.vectors(at);
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t j = at * w.units_of_panel() + v * kWidth;
+      const int n = static_cast<int>(at_most(kWidth, w.units - j));
+      cell(Tile{t, low, first, past, j, n, projected, sums + v * kWidth, vectors * kWidth});
+    }
+  }
+
+  // body(row, gradient of its h) for the tile's rows that run; n: at.n, a constant if it can be.
+  template <class Lanes, class Body>
+  FASTNETS_INLINE void each_row(const Tile& at, Lanes n, const Body& body) {
+    const int64_t t = at.t, past = at.past, sums_row = at.sums_row, rest_row = h_row, y_row = s.output;
+    const int64_t* const length = rows.length;
+    const bool projected = at.projected, holds = options.holds_h;
+    const S* const y = p.grad_y == nullptr ? nullptr : static_cast<const S*>(p.grad_y) + t * s.batch * y_row + at.j;
+    const T* sums = at.sums;
+    T* rest = carried + at.first * rest_row + at.j;
+    for (int64_t b = at.first; b < past; ++b, sums += sums_row, rest += rest_row) {
+      const bool runs = length == nullptr || t < length[b];
+      Vec<T> grad = load(sums);
+      if (!projected) {
+        grad += load(rest);
+        Vec<T> stays = grad;  // the state passed through a step that rests unchanged, and so does its gradient
+        if (runs) {
+          if (y != nullptr) grad += load_lanes(y + b * y_row, n);
+          stays = holds ? options.hold_h(t * s.batch + b, at.j, n) * grad : Vec<T>{};
+          if (holds) grad -= stays;
+        }
+        store(rest, stays);
+      }
+      if (runs) body(b, grad);
+    }
+  }
+
+  // cell(tile) does one vector of units; `more` follow within a step.
   template <class Cells, class... More>
   FASTNETS_INLINE void run_cells(int64_t begin, int64_t end, int64_t low, const Cells& cell, const More&... more) {
-    const Stage carry{
-        recurrent.count(), [&](int64_t done, int64_t row, int64_t past, int64_t panel, int64_t last) {
-          const int64_t t = time(done), j0 = recurrent.units_of_panel();
-          const auto finish = [&](int64_t at, int64_t first, int64_t end_row, const T* sums) {
-            const int vectors = recurrent.vectors(at);
-            for (int64_t b = first; b < end_row; ++b) {
-              for (int v = 0; v < vectors; ++v, sums += kWidth) {
-                const int64_t j = at * j0 + v * kWidth;
-                const int n = static_cast<int>(at_most(kWidth, s.output - j));
-                T* rest = carried + b * h_row + j;
-                Vec<T> grad = load(sums) + load(rest);
-                if (!rows.runs(t, b)) {  // the state passed through this step unchanged, and so does its gradient
-                  store(rest, grad);
-                  continue;
-                }
-                if (p.grad_y != nullptr) {
-                  grad += load_lanes(static_cast<const S*>(p.grad_y) + (t * s.batch + b) * s.output + j, n);
-                }
-                Vec<T> stays{};
-                if (options.holds_h) {
-                  stays = options.hold_h(t * s.batch + b, j, n) * grad;
-                  grad -= stays;
-                }
-                store(rest, stays);
-                if (projects) {
-                  store_lanes(grad_h + ((t - low) * s.batch + b) * s.output + j, grad, n);
-                } else {
-                  cell(t, low, b, j, n, grad, gates_of(t, b, low) + j);
-                  if (pairs) round_gates(gates_of(t, b, low) + j, rounded_of(t, b, low) + j, n);
-                }
-              }
-            }
-          };
-          multiply_recurrent(former_gates(done, begin, low), row, past, panel, last, finish);
-        }};
+    const auto project = [&](const Tile& at) {
+      each_row(at, at.n, [&](int64_t b, Vec<T> grad) {
+        store_lanes(grad_h + ((at.t - low) * s.batch + b) * s.output + at.j, grad, at.n);
+      });
+    };
+    const Stage carry{recurrent.count(), [&](int64_t done, int64_t row, int64_t past, int64_t panel, int64_t last) {
+                        const auto finish = [&](int64_t at, int64_t first, int64_t end_row, const T* sums) {
+                          if (projects) {
+                            each_tile(recurrent, at, first, end_row, sums, time(done), low, false, project);
+                          } else {
+                            each_tile(recurrent, at, first, end_row, sums, time(done), low, false, cell);
+                          }
+                        };
+                        multiply_recurrent(former_gates(done, begin, low), done, row, past, panel, last, finish);
+                      }};
     const int64_t weights = recurrent.depth * recurrent.units;
     if (!projects) return run_steps(begin, end, s.batch, weights, carry, more...);
     const Stage gates{projection.count(), [&](int64_t done, int64_t row, int64_t past, int64_t panel, int64_t last) {
-                        const int64_t t = time(done), j0 = projection.units_of_panel();
+                        const int64_t t = time(done);
                         const auto finish = [&](int64_t at, int64_t first, int64_t end_row, const T* sums) {
-                          const int vectors = projection.vectors(at);
-                          for (int64_t b = first; b < end_row; ++b) {
-                            for (int v = 0; v < vectors; ++v, sums += kWidth) {
-                              const int64_t j = at * j0 + v * kWidth;
-                              const int n = static_cast<int>(at_most(kWidth, s.hidden - j));
-                              if (rows.runs(t, b)) cell(t, low, b, j, n, load(sums), gates_of(t, b, low) + j);
-                            }
-                          }
+                          each_tile(projection, at, first, end_row, sums, t, low, true, cell);
                         };
                         const Lefts<T> grad{{{grad_h + (t - low) * s.batch * s.output, s.output, s.output}}};
-                        multiply_panels(projection, grad, row, past, panel, last, finish);
+                        multiply_panels(projection, grad, done, row, past, panel, last, finish);
                       }};
     run_steps(begin, end, s.batch, weights + s.hidden * s.output, carry, gates, more...);
-  }
-
-  FASTNETS_INLINE void round_gates(const T* from, S* to, int n) const {
-    for (int64_t q = 0; q < layout.columns; q += s.hidden) store_lanes(to + q, load_lanes(from + q, n), n);
   }
 
   const T* saved_gates(int64_t t, int64_t b) const {
@@ -286,37 +302,54 @@ struct Backward {
     return load_lanes(before(static_cast<const T*>(p.cells), c0, t, b, s.hidden) + j, n);
   }
 
-  FASTNETS_INLINE void lstm(int64_t t, int64_t low, int64_t b, int64_t j, int n, Vec<T> grad, T* to) {
-    const T *saved = saved_gates(t, b) + j, *cells = static_cast<const T*>(p.cells);
-    Vec<T> g[4];
-    for (int q = 0; q < 4; ++q) g[q] = load_lanes(saved + q * s.hidden, n);
-    const Vec<T> c = load_lanes(cells + (t * s.batch + b) * s.hidden + j, n);
-    if (projects) {
-      store_lanes(unprojected + ((t - low) * s.batch + b) * s.hidden + j, LstmCell<Simd<T>>::output(g, c), n);
-    }
-    T* state = grad_c + b * c_row + j;
-    Vec<T> total = load(state);
-    LstmCell<Simd<T>>::backward(g, state_before(t, b, j, n), c, grad, total);
-    store(state, total);
-    for (int q = 0; q < 4; ++q) store_lanes(to + q * s.hidden, g[q], n);
+  void lstm(const Tile& at) {
+    if (at.n == kWidth) return lstm_rows(at, std::integral_constant<int, kWidth>{});
+    lstm_rows(at, at.n);
+  }
+  template <class Lanes>
+  FASTNETS_INLINE void lstm_rows(const Tile& at, Lanes n) {
+    const int64_t t = at.t, hidden = s.hidden, columns = layout.columns, state_row = c_row;
+    const bool makes_output = projects, rounds = pairs;
+    const T *const saved = saved_gates(t, 0) + at.j, *const cells = static_cast<const T*>(p.cells) + at.j;
+    const T *const now = cells + t * s.batch * hidden, *const first = c0 + at.j;
+    T *const to = gates_of(t, 0, at.low) + at.j, *const state = grad_c + at.j;
+    T* const output = unprojected + (t - at.low) * s.batch * hidden + at.j;
+    S* const rounded_to = rounded_of(t, 0, at.low) + at.j;
+    each_row(at, n, [&, n](int64_t b, Vec<T> grad) {
+      Vec<T> g[4];
+      for (int q = 0; q < 4; ++q) g[q] = load_lanes(saved + b * columns + q * hidden, n);
+      const Vec<T> c = load_lanes(now + b * hidden, n);
+      if (makes_output) store_lanes(output + b * hidden, LstmCell<Simd<T>>::output(g, c), n);
+      Vec<T> total = load(state + b * state_row);
+      LstmCell<Simd<T>>::backward(g, load_lanes(before(cells, first, t, b, hidden), n), c, grad, total);
+      store(state + b * state_row, total);
+      for (int q = 0; q < 4; ++q) {
+        store_lanes(to + b * columns + q * hidden, g[q], n);
+        if (rounds) store_lanes(rounded_to + b * columns + q * hidden, g[q], n);
+      }
+    });
   }
 
-  FASTNETS_INLINE void variant(int64_t t, int64_t low, int64_t b, int64_t j, int n, Vec<T> grad, T* to) {
-    const T* saved = saved_gates(t, b) + j;
-    const int64_t row = (t - low) * s.batch + b;
-    const LstmOptions<Vec<T>> with = options.at(t * s.batch + b, j, n);
-    const Vec<T> c_before = state_before(t, b, j, n);
-    Vec<T> g[4];
-    for (int q = 0; q < 4; ++q) g[q] = load_lanes(saved + q * s.hidden, n);
-    const Vec<T> now = Variant::made(g, c_before, with);
-    store_lanes(made + row * s.hidden + j, now, n);
-    if (projects) store_lanes(unprojected + row * s.hidden + j, LstmCell<Simd<T>>::output(g, now), n);
-    T* state = grad_c + b * c_row + j;
-    Vec<T> total = load(state);
-    const Vec<T> of_now = Variant::backward_output(g, now, grad);
-    Variant::backward(g, c_before, of_now, total, with);
-    store(state, total);
-    for (int q = 0; q < 4; ++q) store_lanes(to + q * s.hidden, g[q], n);
+  void variant(const Tile& at) {
+    const int64_t t = at.t, j = at.j;
+    const int n = at.n;
+    each_row(at, n, [&](int64_t b, Vec<T> grad) {
+      const T* saved = saved_gates(t, b) + j;
+      const int64_t row = (t - at.low) * s.batch + b;
+      const LstmOptions<Vec<T>> with = options.at(t * s.batch + b, j, n);
+      const Vec<T> c_before = state_before(t, b, j, n);
+      Vec<T> g[4];
+      for (int q = 0; q < 4; ++q) g[q] = load_lanes(saved + q * s.hidden, n);
+      const Vec<T> now = Variant::made(g, c_before, with);
+      store_lanes(made + row * s.hidden + j, now, n);
+      if (projects) store_lanes(unprojected + row * s.hidden + j, LstmCell<Simd<T>>::output(g, now), n);
+      T* state = grad_c + b * c_row + j;
+      Vec<T> total = load(state);
+      const Vec<T> of_now = Variant::backward_output(g, now, grad);
+      Variant::backward(g, c_before, of_now, total, with);
+      store(state, total);
+      store_gates(at, b, g);
+    });
   }
 
   // With layer norm: a row of the batch, from the gradient of h on.
@@ -362,19 +395,35 @@ struct Backward {
     }
   }
 
-  FASTNETS_INLINE void gru(int64_t t, int64_t, int64_t b, int64_t j, int n, Vec<T> grad, T* to) {
-    const T* saved = saved_gates(t, b) + j;
-    Vec<T> g[4];
-    for (int q = 0; q < 4; ++q) g[q] = load_lanes(saved + q * s.hidden, n);
-    const S* h = before(static_cast<const S*>(p.y), static_cast<const S*>(p.h0), t, b, s.hidden);
-    store(carried + b * h_row + j, GruCell<Simd<T>>::backward(g, load_lanes(h + j, n), grad));
-    for (int q = 0; q < 4; ++q) store_lanes(to + q * s.hidden, g[q], n);
+  void gru(const Tile& at) {
+    each_row(at, at.n, [&](int64_t b, Vec<T> grad) {
+      const T* saved = saved_gates(at.t, b) + at.j;
+      Vec<T> g[4];
+      for (int q = 0; q < 4; ++q) g[q] = load_lanes(saved + q * s.hidden, at.n);
+      const S* h = before(static_cast<const S*>(p.y), static_cast<const S*>(p.h0), at.t, b, s.hidden);
+      store(carried + b * h_row + at.j, GruCell<Simd<T>>::backward(g, load_lanes(h + at.j, at.n), grad));
+      store_gates(at, b, g);
+    });
   }
 
   template <class RnnCell>
-  FASTNETS_INLINE void rnn(int64_t t, int64_t, int64_t b, int64_t j, int n, Vec<T> grad, T* to) {
-    const Vec<T> h = load_lanes(static_cast<const S*>(p.y) + (t * s.batch + b) * s.hidden + j, n);
-    store_lanes(to, RnnCell::backward(h, grad), n);
+  void rnn(const Tile& at) {
+    const S* y = static_cast<const S*>(p.y) + at.t * s.batch * s.hidden + at.j;
+    each_row(at, at.n, [&](int64_t b, Vec<T> grad) {
+      const Vec<T> gate[1] = {RnnCell::backward(load_lanes(y + b * s.hidden, at.n), grad)};
+      store_gates(at, b, gate);
+    });
+  }
+
+  // The gradients of row b's gates.
+  template <int kCount>
+  FASTNETS_INLINE void store_gates(const Tile& at, int64_t b, const Vec<T> (&g)[kCount]) const {
+    T* to = gates_of(at.t, b, at.low) + at.j;
+    S* rounded_to = rounded_of(at.t, b, at.low) + at.j;
+    for (int q = 0; q < kCount; ++q) {
+      store_lanes(to + q * s.hidden, g[q], at.n);
+      if (pairs) store_lanes(rounded_to + q * s.hidden, g[q], at.n);
+    }
   }
 
   // ---- many steps at once --------------------------------------------------------------------------------------
@@ -452,16 +501,19 @@ struct Backward {
   // with the number of blocks and not with that of rows.
   template <class Value>
   FASTNETS_INLINE void add_rows(int64_t count, int64_t columns, T* to, const Value& value) {
-    constexpr int64_t block = 32;
-    for (int64_t row = 0; row < count; row += block) {
-      const int64_t past = at_most(row + block, count);
-      for (int64_t j = 0; j < columns; j += kWidth) {
-        const int n = static_cast<int>(at_most(kWidth, columns - j));
-        Vec<T> sum{};
-        for (int64_t r = row; r < past; ++r) sum += value(r, j, n);
-        store_lanes(to + j, load_lanes(to + j, n) + sum, n);
+    constexpr int64_t block = 32, least_added = int64_t{1} << 15;  // elements worth waking a thread for
+    const int64_t vectors = (columns + kWidth - 1) / kWidth;
+    parallel(vectors, least_added / (count * kWidth + 1) + 1, [&](int64_t begin, int64_t end) {
+      for (int64_t row = 0; row < count; row += block) {
+        const int64_t past = at_most(row + block, count);
+        for (int64_t j = begin * kWidth; j < at_most(end * kWidth, columns); j += kWidth) {
+          const int n = static_cast<int>(at_most(kWidth, columns - j));
+          Vec<T> sum{};
+          for (int64_t r = row; r < past; ++r) sum += value(r, j, n);
+          store_lanes(to + j, load_lanes(to + j, n) + sum, n);
+        }
       }
-    }
+    });
   }
   // Likewise of those rows that run, whose times begin with `low`: value(t, b, row, j, n).
   template <class Value>
@@ -520,7 +572,7 @@ struct Backward {
       visit_products(recurrent, products, 0, s.batch, 0, recurrent.count(), finish);
     } else {
       const Lefts<T> grad = s.steps == 0 ? Lefts<T>{} : pairs ? of_pairs(rounded_edge) : of_gates(edge);
-      multiply_recurrent(grad, 0, s.batch, 0, recurrent.count(), finish);
+      multiply_recurrent(grad, 0, 0, s.batch, 0, recurrent.count(), finish);
     }
     if (s.cell != Cell::kLstm) return;
     for (int64_t b = 0; b < s.batch; ++b) {

@@ -267,6 +267,10 @@ class _Packing:
         return padded.flatten(0, 1).index_select(0, self.index)
 
 
+_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
+"""A direction's parameters, by the first part of their names."""
+
+
 def _layers(
     module: torch.nn.RNNBase, x: Tensor, hx: tuple[Tensor, ...], packing: _Packing | None
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -275,15 +279,13 @@ def _layers(
     lengths = None if packing is None else packing.lengths
     last = []
     options = isinstance(module, LSTM) and bool(module.options)
+    has = _WEIGHTS[: 4 if module.bias else 2] + _WEIGHTS[4 if module.proj_size else 5 :]
     for layer in range(module.num_layers):
         own = []
         for direction in range(directions):
             index = layer * directions + direction
             suffix = f"_l{layer}_reverse" if direction else f"_l{layer}"
-            weights = (
-                getattr(module, name + suffix, None)
-                for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
-            )
+            weights = (getattr(module, name + suffix) if name in has else None for name in _WEIGHTS)
             variant = _variant(module, suffix, x, hx[0].shape[-1]) if options else PLAIN
             own.append(Direction(hx[0][index], hx[1][index] if len(hx) == 2 else None, *weights, variant))
         cell = module.mode.lower()
@@ -297,6 +299,8 @@ def _layers(
         if module.training and module.dropout > 0 and layer + 1 < module.num_layers:
             # On the packed rows alone, so that the random numbers are those that torch.nn draws.
             x = dropout(x, module.dropout) if packing is None else packing.pad(dropout(packing.pack(x), module.dropout))
+    if len(last) == 1:
+        return x, tuple(state.unsqueeze(0) for state in last[0])
     return x, tuple(torch.stack(states) for states in zip(*last, strict=True))
 
 

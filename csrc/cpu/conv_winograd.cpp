@@ -133,8 +133,8 @@ struct Winograd {
     for (int64_t first = 0; first < phase.channels; first += kTileCols<T>) {
       const int vectors = panel_vectors<T>(phase.channels, first);
       for (int64_t point = 0; point < kPoints; ++point) {
-        const T* panel = weight + first / kTileCols<T> * kPoints * weight_plane<T>(depth) +
-                         point * weight_plane<T>(depth, vectors);
+        const T* panel =
+            weight + first / kTileCols<T> * kPoints * weight_plane<T>(depth) + point * weight_plane<T>(depth, vectors);
         for (int64_t tile = 0; tile < tiles; tile += rows) {
           const T* row[kProductRows];
           for (int r = 0; r < rows; ++r) {
@@ -180,7 +180,24 @@ struct Winograd {
     const ConvShape& s = phase.p.shape;
     const Block block = strips.results(strip);
     const int64_t row = vectors * kLanes<T>, height = block.axes[1].count, width = block.axes[2].count;
+    const int64_t pixels = phase.result_sizes[0] * phase.result_sizes[1] * phase.result_sizes[2];
+    const Finish<T, S> finish{
+        phase, block, strip.image * s.groups * phase.channels * pixels + group * phase.channels * phase.result.channel,
+        group * phase.channels};
     T* sums = static_cast<T*>(scratch(kSumSlot, block.pixels() * row * sizeof(T)));
+    T* to = sums;
+    int64_t line = width * row, step = row;
+    Vec<T> bias[kTileVectors] = {};
+    bool direct = false;  // where nothing comes after the bias the results go where they belong at once
+    if constexpr (std::is_same_v<S, T>) {
+      direct = s.channels_last && finish.plain() && first + row <= phase.channels;
+      if (direct) {
+        to = static_cast<T*>(phase.p.result) + finish.offset(0, 0) + first;
+        line = phase.result.at[1], step = phase.result.at[2];
+        const T* given = static_cast<const T*>(phase.p.bias);
+        for (int v = 0; given && v < vectors; ++v) bias[v] = load(given + finish.channel + first + v * kLanes<T>);
+      }
+    }
     Vec<T> finite{};  // a zero, or not a number
     for (int64_t tile = 0; tile < strip.tiles; ++tile, products += row) {
       const int64_t wide = at_most(kOut, width - tile * kOut);
@@ -192,16 +209,13 @@ struct Winograd {
             [&](int i, int j, Vec<T> value) {
               total[i] += value;
               if (i >= height || j >= wide) return;
-              store(sums + (i * width + tile * kOut + j) * row + v * kLanes<T>, value);
+              store(to + i * line + (tile * kOut + j) * step + v * kLanes<T>, value + bias[v]);
             });
         finite += (total[0] * T(0) + total[1] * T(0)) + (total[2] * T(0) + total[3] * T(0));
       }
     }
     if (reduce_add<T>(finite) != 0) return false;
-    const int64_t pixels = phase.result_sizes[0] * phase.result_sizes[1] * phase.result_sizes[2];
-    const Finish<T, S> finish{
-        phase, block, strip.image * s.groups * phase.channels * pixels + group * phase.channels * phase.result.channel,
-        group * phase.channels};
+    if (direct) return true;
     if (s.channels_last) {
       Walk results = finish.results();
       for (int64_t q = 0; q < block.pixels(); q += kTileRows, sums += kTileRows * row) {
@@ -223,8 +237,7 @@ void gather_tiles(const Phase& phase) {
   const Winograd<S> winograd{phase};
   const int64_t panels = panel_count<T>(phase.channels);
   T* weight = static_cast<T*>(scratch(kWeightSlot, panels * kPoints * weight_plane<T>(winograd.depth) * sizeof(T)));
-  T* taps =
-      static_cast<T*>(scratch(kGradSlot, panels * kTileCols<T> * winograd.depth * kTaps * kTaps * sizeof(T)));
+  T* taps = static_cast<T*>(scratch(kGradSlot, panels * kTileCols<T> * winograd.depth * kTaps * kTaps * sizeof(T)));
   const int64_t count = winograd.strips.count(), threads = thread_count();
   int64_t block = kBlockTiles / winograd.strips.most;  // strips
   if (threads > 1) block = at_most(block, (count + 3 * threads - 1) / (3 * threads));

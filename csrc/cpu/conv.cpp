@@ -219,21 +219,22 @@ void conv_forward(const ConvGather& p) {
 
 void conv_grad_input(const ConvGather& p) {
   const ConvShape& s = p.shape;
+  const auto phase_of = [&](int64_t d, int64_t h, int64_t w) {
+    return Phase{p,
+                 {grad_input_axis(s, 0, d), grad_input_axis(s, 1, h), grad_input_axis(s, 2, w)},
+                 s.out_channels,
+                 s.in_channels,
+                 s.weight_strides[0],
+                 s.weight_strides[1],
+                 s.out_channels * s.weight_strides[0],
+                 s.in,
+                 strides_of(s.channels_last, s.groups * s.out_channels, s.out),
+                 strides_of(s.channels_last, s.groups * s.in_channels, s.in)};
+  };
+  if (scatter_pays(s)) return scatter_gather(phase_of(0, 0, 0));
   for (int64_t d = 0; d < at_most(s.stride[0], s.in[0]); ++d) {
     for (int64_t h = 0; h < at_most(s.stride[1], s.in[1]); ++h) {
-      for (int64_t w = 0; w < at_most(s.stride[2], s.in[2]); ++w) {
-        Phase phase{p,
-                    {grad_input_axis(s, 0, d), grad_input_axis(s, 1, h), grad_input_axis(s, 2, w)},
-                    s.out_channels,
-                    s.in_channels,
-                    s.weight_strides[0],
-                    s.weight_strides[1],
-                    s.out_channels * s.weight_strides[0],
-                    s.in,
-                    strides_of(s.channels_last, s.groups * s.out_channels, s.out),
-                    strides_of(s.channels_last, s.groups * s.in_channels, s.in)};
-        gather(phase, 1, s.out_channels);
-      }
+      for (int64_t w = 0; w < at_most(s.stride[2], s.in[2]); ++w) gather(phase_of(d, h, w), 1, s.out_channels);
     }
   }
 }

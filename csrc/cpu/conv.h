@@ -463,6 +463,10 @@ bool winograd_grad_weight(const ConvGradWeight& p, const Axis (&axes)[3]);
 bool planes_pay(const Phase& phase);
 void planes_gather(const Phase& phase);
 
+// Backwards to an input of few channels, all its phases at once, where that pays.
+bool scatter_pays(const ConvShape& shape);
+void scatter_gather(const Phase& phase);
+
 // The weight's gradient with pixels as lanes; false where that does not pay.
 bool planes_grad_weight(const ConvGradWeight& p, const Axis (&axes)[3]);
 

@@ -216,6 +216,11 @@ void channels_weight_row(const Axis& axis, const Interior& interior, const S* so
 #pragma GCC unroll 4
     for (int v = 0; v < kWeightVectors; ++v) factor[v] = read(grad, v);
     const int64_t from = w * axis.pull * source_step;
+#pragma GCC unroll 4
+    for (int v = 0; v < kWeightVectors; ++v) {  // of the next row: pixels lie too far apart
+      __builtin_prefetch(grad + axis.count * grad_step + v * lanes);
+      __builtin_prefetch(at[given - 1] + from + axis.extent * source_step + v * lanes);
+    }
     if (w >= interior.begin && w < interior.end) {
 #pragma GCC unroll 16
       for (int t = 0; t < kTapsTogether; ++t) {
@@ -247,33 +252,29 @@ void grad_weight_channels(const ConvGradWeight& p) {
   const Interior interior(axes[2]);
   // Each share of the rows has sums of its own, added in their order. A row's taps are summed kTapsTogether at a time;
   // the room past the last is computed and dropped.
-  const int64_t shares = panels >= threads ? 1 : at_most(rows > 0 ? rows : 1, (threads + panels - 1) / panels);
-  const int64_t size = (taps + kTapsTogether) * width;
+  const int64_t shares = at_most(rows > 0 ? rows : 1, threads), size = (taps + kTapsTogether) * width;
   T* all = static_cast<T*>(scratch(kWeightSlot, panels * shares * size * sizeof(T)));
-  const int64_t work = rows / shares * axes[2].count * width * taps;
-  parallel(panels * shares, kGrain / (work + 1) + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t share = i % shares, first = i / shares * width, columns = at_most(width, channels - first);
-      T* sums = all + i * size;
-      std::memset(sums, 0, static_cast<size_t>(size) * sizeof(T));
+  const int64_t work = rows / shares * axes[2].count * channels * taps;
+  parallel(shares, kGrain / (work + 1) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t share = begin; share < end; ++share) {
+      T* sums = all + share * panels * size;
+      std::memset(sums, 0, static_cast<size_t>(panels * size) * sizeof(T));
       for (int64_t row = rows * share / shares; row < rows * (share + 1) / shares; ++row) {
         const int64_t h = row % axes[1].count, d = row / axes[1].count % axes[0].count;
         const int64_t image = row / axes[1].count / axes[0].count;
-        const S* source = static_cast<const S*>(p.x) + image * channels * s.in[0] * s.in[1] * s.in[2] + first;
+        const S* source = static_cast<const S*>(p.x) + image * channels * s.in[0] * s.in[1] * s.in[2];
         const S* grad = static_cast<const S*>(p.grad) + image * channels * s.out[0] * s.out[1] * s.out[2] +
-                        d * g.at[0] + h * g.at[1] + first;
+                        d * g.at[0] + h * g.at[1];
         TapAt waiting[kTapsTogether];
         int given = 0;
         int64_t tap = 0, start = 0;
         const auto flush = [&] {
           if (given == 0) return;
           T* to = sums + start * width;
-          if (columns == width) {
-            channels_weight_row<T, true>(axes[2], interior, source, x.at[2], grad, g.at[2], waiting, given, columns,
-                                         to);
-          } else {
-            channels_weight_row<T, false>(axes[2], interior, source, x.at[2], grad, g.at[2], waiting, given, columns,
-                                          to);
+          for (int64_t first = 0; first < channels; first += width, to += size) {  // memory in its order
+            const int64_t columns = at_most(width, channels - first);
+            const auto add_row = columns == width ? channels_weight_row<T, true, S> : channels_weight_row<T, false, S>;
+            add_row(axes[2], interior, source + first, x.at[2], grad + first, g.at[2], waiting, given, columns, to);
           }
           given = 0;
         };
@@ -303,9 +304,9 @@ void grad_weight_channels(const ConvGradWeight& p) {
             tap / s.kernel[2] % s.kernel[1] * s.weight_strides[3] +
             tap / s.kernel[2] / s.kernel[1] * s.weight_strides[2];
     for (int64_t c = 0; c < channels; ++c) {
-      const T* from = all + c / width * shares * size + tap * width + c % width;
+      const T* from = all + c / width * size + tap * width + c % width;
       T total = 0;
-      for (int64_t share = 0; share < shares; ++share) total += from[share * size];
+      for (int64_t share = 0; share < shares; ++share) total += from[share * panels * size];
       to[c * s.weight_strides[0]] = from_float<S>(total);
     }
   }

@@ -7,6 +7,12 @@ namespace fastnets::FASTNETS_ISA {
 namespace {
 
 constexpr int kPixelVectors = 2;
+// Of few channels a tile is that many vectors wide: as many sums, and an element of the weight serves them all.
+constexpr int kFewRows = 4, kFewVectors = kTileRows * kPixelVectors / kFewRows;
+constexpr int kMostVectors = kFewVectors > kPixelVectors ? kFewVectors : kPixelVectors;
+
+// Of one panel of the weight.
+int64_t panel_rows(int64_t channels) { return channels <= kFewRows ? kFewRows : kTileRows; }
 
 // A vector of results: where its first tap lies in the staged source, where it goes, and how many lanes count.
 struct Pixels {
@@ -19,31 +25,40 @@ struct PlanesTile {
   const Finish<T, S>& finish;
   const T* source;         // staged, or in place
   const int64_t* offsets;  // of each element of the sum
+  bool in_place;
   int64_t depth;
   int64_t step;  // from a result to the next
 
-  // Channels [first, first + channels) of the vectors; weight[depth][kTileRows].
-  template <int kRows>
-  void run(const T* __restrict weight, const Pixels (&pixels)[kPixelVectors], int64_t first, int channels, bool plain,
+  // Channels [first, first + channels) of the vectors; weight[depth][panel_rows].
+  template <int kRows, int kVectors>
+  void run(const T* __restrict weight, const Pixels* pixels, int64_t first, int channels, bool plain,
            bool stream) const {
-    Vec<T> sum[kRows][kPixelVectors];
+    constexpr int64_t panel = kVectors == kPixelVectors ? kTileRows : kFewRows;
+    Vec<T> sum[kRows][kVectors];
     const ConvGather& p = finish.phase.p;
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       const S* bias = static_cast<const S*>(p.bias) + finish.channel + first + r;
-      sum[r][0] = sum[r][1] = broadcast<T>(p.bias && r < channels ? T(to_float(*bias)) : T(0));
+      const Vec<T> start = broadcast<T>(p.bias && r < channels ? T(to_float(*bias)) : T(0));
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = start;
     }
-    const T *left = source + pixels[0].from, *right = source + pixels[1].from;
-    for (int64_t k = 0; k < depth; ++k, weight += kTileRows) {
-      __builtin_prefetch(left + offsets[k] + kPixelVectors * kLanes<T>);  // in place, planes lie too far apart
-      __builtin_prefetch(right + offsets[k] + kPixelVectors * kLanes<T>);
-      Vec<T> x[kPixelVectors] = {load(left + offsets[k]), load(right + offsets[k])};
-      in_register<T>(x[0]), in_register<T>(x[1]);
+    const T* at[kVectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) at[v] = source + pixels[v].from;
+    for (int64_t k = 0; k < depth; ++k, weight += panel) {
+      Vec<T> x[kVectors];
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) {
+        if (in_place) __builtin_prefetch(at[v] + offsets[k] + kVectors * kLanes<T>);  // planes lie too far apart
+        x[v] = load(at[v] + offsets[k]);
+        in_register<T>(x[v]);
+      }
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
         const Vec<T> factor = broadcast<T>(weight[r]);
-#pragma GCC unroll 2
-        for (int v = 0; v < kPixelVectors; ++v) sum[r][v] = fma<T>(x[v], factor, sum[r][v]);
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) sum[r][v] = fma<T>(x[v], factor, sum[r][v]);
       }
     }
     const int64_t channel = finish.phase.result.channel;
@@ -52,8 +67,8 @@ struct PlanesTile {
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r, to += channel) {
         if (r >= channels) break;
-#pragma GCC unroll 2
-        for (int v = 0; v < kPixelVectors; ++v) {
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) {
           if (pixels[v].lanes < kLanes<T>) {
             store_partial<S>(to + pixels[v].to, sum[r][v], pixels[v].lanes);
             continue;
@@ -63,10 +78,10 @@ struct PlanesTile {
       }
       return;
     }
-    T sums[kRows][kPixelVectors][kLanes<T>];
+    T sums[kRows][kVectors][kLanes<T>];
     std::memcpy(sums, sum, sizeof sums);
     for (int r = 0; r < channels; ++r) {
-      for (int v = 0; v < kPixelVectors; ++v) {
+      for (int v = 0; v < kVectors; ++v) {
         finish.write(load(sums[r][v]), pixels[v].to + (first + r) * channel, pixels[v].lanes, step);
       }
     }
@@ -96,20 +111,20 @@ Axis part(Axis axis, int64_t begin, int64_t count) {
   return axis;
 }
 
-// packed[panel][source channel][tap][kTileRows]
+// packed[panel][source channel][tap][panel_rows]
 template <class T, class S>
 void pack_rows_of(const Phase& phase, const S* weight, T* packed) {
-  const int64_t* strides = phase.p.shape.weight_strides + 2;
-  for (int64_t first = 0; first < phase.channels; first += kTileRows) {
-    const int rows = static_cast<int>(at_most(kTileRows, phase.channels - first));
+  const int64_t *strides = phase.p.shape.weight_strides + 2, panel = panel_rows(phase.channels);
+  for (int64_t first = 0; first < phase.channels; first += panel) {
+    const int64_t rows = at_most(panel, phase.channels - first);
     for (int64_t c = 0; c < phase.source_channels; ++c) {
       for (int64_t d = 0; d < phase.axes[0].taps; ++d) {
         for (int64_t h = 0; h < phase.axes[1].taps; ++h) {
-          for (int64_t w = 0; w < phase.axes[2].taps; ++w, packed += kTileRows) {
+          for (int64_t w = 0; w < phase.axes[2].taps; ++w, packed += panel) {
             const int64_t at[3] = {d, h, w};
             const S* from = weight + first * phase.result_stride + c * phase.source_stride;
             for (int i = 0; i < 3; ++i) from += (phase.axes[i].tap + at[i] * phase.axes[i].tap_step) * strides[i];
-            for (int r = 0; r < kTileRows; ++r)
+            for (int64_t r = 0; r < panel; ++r)
               packed[r] = r < rows ? T(to_float(from[r * phase.result_stride])) : T(0);
           }
         }
@@ -164,8 +179,9 @@ void gather_rows(const Phase& whole) {
   const bool row = one_row(whole);
   const Phase phase = row ? joined(whole) : whole;
   const ConvShape& s = phase.p.shape;
-  const int64_t depth = phase.depth(), panels = (phase.channels + kTileRows - 1) / kTileRows;
-  const int64_t packed_size = panels * kTileRows * depth;
+  const int64_t depth = phase.depth(), rows = panel_rows(phase.channels), panels = (phase.channels + rows - 1) / rows;
+  const int64_t packed_size = panels * rows * depth;
+  const int vectors = rows == kTileRows ? kPixelVectors : kFewVectors;
   T* packed = static_cast<T*>(scratch(kWeightSlot, (s.groups * packed_size + 1) * sizeof(T)));
   for (int64_t g = 0; g < s.groups; ++g) {
     pack_rows_of<T>(phase, static_cast<const S*>(phase.p.weight) + g * phase.group_stride, packed + g * packed_size);
@@ -218,13 +234,15 @@ void gather_rows(const Phase& whole) {
       // Every vector begins whole vectors after the result itself.
       const bool stream = plain && finish.streams(phase.axes[2].count);
       const int64_t next_row = block.axes[1].step * phase.result.at[1];
-      const PlanesTile<T, S> tile{finish, from, offsets, depth, step};
+      const PlanesTile<T, S> tile{finish, from, offsets, in_place, depth, step};
       for (int64_t panel = 0; panel < panels; ++panel) {
-        const int64_t first = panel * kTileRows;
-        const int channels = static_cast<int>(at_most(kTileRows, phase.channels - first));
+        const int64_t first = panel * rows;
+        const int channels = static_cast<int>(at_most(rows, phase.channels - first));
+        const T* weight = packed + group * packed_size + first * depth;
         for (Vectors<T> vector(plane); vector.row < height;) {
-          Pixels pixels[kPixelVectors];
-          for (Pixels& now : pixels) {
+          Pixels pixels[kMostVectors];
+          for (int v = 0; v < vectors; ++v) {
+            Pixels& now = pixels[v];
             if (vector.row == height) {  // the first once more, computed and dropped
               now = {pixels[0].from, 0, 0};
               continue;
@@ -234,10 +252,15 @@ void gather_rows(const Phase& whole) {
             now = {vector.at(), origin + vector.row * next_row + vector.column * step, vector.lanes()};
             vector.next();
           }
-          with_count<kTileRows, 2>((channels + 1) / 2 * 2, [&](auto n) {
-            tile.template run<n.value>(packed + group * packed_size + first * depth, pixels, first, channels, plain,
-                                       stream);
-          });
+          if (rows == kTileRows) {
+            with_count<kTileRows, 2>((channels + 1) / 2 * 2, [&](auto n) {
+              tile.template run<n.value, kPixelVectors>(weight, pixels, first, channels, plain, stream);
+            });
+          } else {
+            with_count<kFewRows>(channels, [&](auto n) {
+              tile.template run<n.value, kFewVectors>(weight, pixels, first, channels, plain, stream);
+            });
+          }
         }
       }
     }

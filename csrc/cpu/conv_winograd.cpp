@@ -7,7 +7,7 @@ namespace {
 
 constexpr int kProductRows = kTileRows / 2;  // as many registers hold the sums twice
 constexpr int64_t kBlockTiles = 8 * kProductRows;
-constexpr int64_t kSumDepth = 8;
+constexpr int64_t kSumDepth = 16;
 
 constexpr int64_t kLeastChannels = 16;  // for the transforms to pay
 
@@ -83,7 +83,13 @@ FASTNETS_INLINE void multiply(int vectors, int rows, const T* const* row, int64_
   });
 }
 
-// taps [panel][3 x 3][channel][column] -> [panel][6 x 6][channel][column]
+// Elements that a point's planes of a transformed panel take: of a full one, and of one of `vectors`.
+template <class T>
+int64_t weight_plane(int64_t depth, int vectors = kTileVectors) {
+  return depth * vectors * kLanes<T> + kPad;
+}
+
+// taps [panel][3 x 3][channel][column] -> [panel][6 x 6][channel][column], a panel kPoints full planes
 template <class T>
 void transform_weight(const Phase& phase, const T* taps, T* to) {
   const int64_t depth = phase.source_channels, panels = panel_count<T>(phase.channels);
@@ -91,14 +97,14 @@ void transform_weight(const Phase& phase, const T* taps, T* to) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i / depth * kTileCols<T>, channel = i % depth;
       const int vectors = panel_vectors<T>(phase.channels, first);
-      const int64_t row = vectors * kLanes<T>, plane = depth * row;
+      const int64_t row = vectors * kLanes<T>, plane = depth * row, put_plane = weight_plane<T>(depth, vectors);
       for (int v = 0; v < vectors; ++v) {
         const int64_t at = channel * row + v * kLanes<T>;
         const T* from = taps + first * depth * kTaps * kTaps + at;
-        T* put = to + first * depth * kPoints + at;
+        T* put = to + i / depth * kPoints * weight_plane<T>(depth) + at;
         transform<T, kTaps, kIn>([&](int i, int j) { return load(from + (i * kTaps + j) * plane); },
                                  [](const auto& g, auto& t) { weight_transform<T>(g, t); },
-                                 [&](int i, int j, Vec<T> value) { store(put + (i * kIn + j) * plane, value); });
+                                 [&](int i, int j, Vec<T> value) { store(put + (i * kIn + j) * put_plane, value); });
       }
     }
   });
@@ -127,7 +133,8 @@ struct Winograd {
     for (int64_t first = 0; first < phase.channels; first += kTileCols<T>) {
       const int vectors = panel_vectors<T>(phase.channels, first);
       for (int64_t point = 0; point < kPoints; ++point) {
-        const T* panel = weight + (first * kPoints + point * vectors * kLanes<T>)*depth;
+        const T* panel =
+            weight + first / kTileCols<T> * kPoints * weight_plane<T>(depth) + point * weight_plane<T>(depth, vectors);
         for (int64_t tile = 0; tile < tiles; tile += rows) {
           const T* row[kProductRows];
           for (int r = 0; r < rows; ++r) {
@@ -173,26 +180,42 @@ struct Winograd {
     const ConvShape& s = phase.p.shape;
     const Block block = strips.results(strip);
     const int64_t row = vectors * kLanes<T>, height = block.axes[1].count, width = block.axes[2].count;
-    T* sums = static_cast<T*>(scratch(kSumSlot, block.pixels() * row * sizeof(T)));
-    Vec<T> finite{};  // a zero, or not a number
-    for (int64_t tile = 0; tile < strip.tiles; ++tile, products += row) {
-      const int64_t wide = at_most(kOut, width - tile * kOut);
-      for (int v = 0; v < vectors; ++v) {
-        transform<T, kIn, kOut>(
-            [&](int i, int j) { return load(products + (i * kIn + j) * product_plane + v * kLanes<T>); },
-            [](const auto& m, auto& y) { result_transform<T>(m, y); },
-            [&](int i, int j, Vec<T> value) {
-              if (i >= height || j >= wide) return;
-              finite += value * T(0);
-              store(sums + (i * width + tile * kOut + j) * row + v * kLanes<T>, value);
-            });
-      }
-    }
-    if (reduce_add<T>(finite) != 0) return false;
     const int64_t pixels = phase.result_sizes[0] * phase.result_sizes[1] * phase.result_sizes[2];
     const Finish<T, S> finish{
         phase, block, strip.image * s.groups * phase.channels * pixels + group * phase.channels * phase.result.channel,
         group * phase.channels};
+    T* sums = static_cast<T*>(scratch(kSumSlot, block.pixels() * row * sizeof(T)));
+    T* to = sums;
+    int64_t line = width * row, step = row;
+    Vec<T> bias[kTileVectors] = {};
+    bool direct = false;  // where nothing comes after the bias the results go where they belong at once
+    if constexpr (std::is_same_v<S, T>) {
+      direct = s.channels_last && finish.plain() && first + row <= phase.channels;
+      if (direct) {
+        to = static_cast<T*>(phase.p.result) + finish.offset(0, 0) + first;
+        line = phase.result.at[1], step = phase.result.at[2];
+        const T* given = static_cast<const T*>(phase.p.bias);
+        for (int v = 0; given && v < vectors; ++v) bias[v] = load(given + finish.channel + first + v * kLanes<T>);
+      }
+    }
+    Vec<T> finite{};  // a zero, or not a number
+    for (int64_t tile = 0; tile < strip.tiles; ++tile, products += row) {
+      const int64_t wide = at_most(kOut, width - tile * kOut);
+      for (int v = 0; v < vectors; ++v) {
+        Vec<T> total[kOut] = {};  // a row's
+        transform<T, kIn, kOut>(
+            [&](int i, int j) { return load(products + (i * kIn + j) * product_plane + v * kLanes<T>); },
+            [](const auto& m, auto& y) { result_transform<T>(m, y); },
+            [&](int i, int j, Vec<T> value) {
+              total[i] += value;
+              if (i >= height || j >= wide) return;
+              store(to + i * line + (tile * kOut + j) * step + v * kLanes<T>, value + bias[v]);
+            });
+        finite += (total[0] * T(0) + total[1] * T(0)) + (total[2] * T(0) + total[3] * T(0));
+      }
+    }
+    if (reduce_add<T>(finite) != 0) return false;
+    if (direct) return true;
     if (s.channels_last) {
       Walk results = finish.results();
       for (int64_t q = 0; q < block.pixels(); q += kTileRows, sums += kTileRows * row) {
@@ -212,9 +235,9 @@ void gather_tiles(const Phase& phase) {
   using T = float;
   const ConvShape& s = phase.p.shape;
   const Winograd<S> winograd{phase};
-  const int64_t columns = panel_count<T>(phase.channels) * kTileCols<T>;
-  T* weight = static_cast<T*>(scratch(kWeightSlot, columns * winograd.depth * kPoints * sizeof(T)));
-  T* taps = static_cast<T*>(scratch(kGradSlot, columns * winograd.depth * kTaps * kTaps * sizeof(T)));
+  const int64_t panels = panel_count<T>(phase.channels);
+  T* weight = static_cast<T*>(scratch(kWeightSlot, panels * kPoints * weight_plane<T>(winograd.depth) * sizeof(T)));
+  T* taps = static_cast<T*>(scratch(kGradSlot, panels * kTileCols<T> * winograd.depth * kTaps * kTaps * sizeof(T)));
   const int64_t count = winograd.strips.count(), threads = thread_count();
   int64_t block = kBlockTiles / winograd.strips.most;  // strips
   if (threads > 1) block = at_most(block, (count + 3 * threads - 1) / (3 * threads));

@@ -13,7 +13,7 @@ namespace {
 using T = float;
 constexpr int64_t kBlockTiles = 48;
 constexpr int kProductRows = kTileRows / 2;  // as many registers hold the sums twice
-constexpr int64_t kSumTiles = 8;
+constexpr int64_t kSumTiles = 16;
 constexpr int64_t kShareRows = 64, kShareCols = 64;  // channels of x, of y
 constexpr int64_t kBufferBytes = 64 << 20;           // for the sums of chunks that share outputs
 

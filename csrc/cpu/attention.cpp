@@ -260,18 +260,17 @@ void short_forward(const AttentionForward& p, const Head& h, int64_t begin, int6
   float* const across = arena.take<float>(p.d * kKeys);
   float* const weights = arena.take<float>(kShortKeys * kShortQueries);
   const Rows<float> values = rows_at(p.v, h.at_k(p.v, 0));
-  in_short_blocks(p, h, begin, end, [&](const auto& block, auto keys) {
-    load_transposed<float>(p.dtype, p.q.data, h.at_q(p.q, block.i0), p.q.row, block.count, p.d, across);
-    Vec<float> of_keys[keys.value], top, sum;
-    block.weigh(across, of_keys, top, sum);
-    for (int j = 0; j < keys.value; ++j) store(weights + j * kShortQueries, of_keys[j]);
-    const Vec<float> empty = broadcast(kMinusInfinity<float>);
-    store_partial<float>(static_cast<float*>(p.lse) + h.at_lse(p, block.i0),
-                         select<float>(sum == Vec<float>{}, empty, plus_log2<float>(top, sum)),
-                         static_cast<int>(block.count));
-    product<float, false>(block.count, p.dv, keys.value, {weights, 1, kShortQueries}, values.data, values.row,
-                          static_cast<float*>(p.out.data) + h.at_q(p.out, block.i0), p.out.row, false);
-  });
+  const Vec<float> none{}, empty = broadcast(kMinusInfinity<float>);
+  for (int64_t i0 = begin; i0 < end; i0 += kShortQueries) {
+    const int64_t rows = smaller(kShortQueries, end - i0);
+    load_transposed<float>(p.dtype, p.q.data, h.at_q(p.q, i0), p.q.row, rows, p.d, across);
+    Vec<float> top, sum;
+    ShortBlock{p, h, i0, rows}.weigh(across, weights, top, sum);
+    store_partial<float>(static_cast<float*>(p.lse) + h.at_lse(p, i0),
+                         select<float>(sum == none, empty, plus_log2<float>(top, sum)), static_cast<int>(rows));
+    product<float, false>(rows, p.dv, h.lk, {weights, 1, kShortQueries}, values.data, values.row,
+                          static_cast<float*>(p.out.data) + h.at_q(p.out, i0), p.out.row, false);
+  }
 }
 
 // Rows begin ... end of one head's weights.

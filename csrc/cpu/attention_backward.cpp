@@ -246,38 +246,32 @@ void short_backward(const AttentionBackward& p, const Head& group, int64_t batch
   float* const across = arena.take<float>(p.d * kKeys);
   float* const grad_across = arena.take<float>(p.dv * kKeys);
   float *const weights = arena.take<float>(tile), *const grad_scores = arena.take<float>(tile);
-  const Rows<float> keys = rows_at(p.k, group.at_k(p.k, 0)), values = rows_at(p.v, group.at_k(p.v, 0));
+  const Rows<float> keys = rows_at(p.k, group.at_k(p.k, 0));
   float* const grad_k = static_cast<float*>(p.grad_k.data) + group.at_k(p.grad_k, 0);
   float* const grad_v = static_cast<float*>(p.grad_v.data) + group.at_k(p.grad_v, 0);
   bool accumulate = false;
   for (int64_t g = 0; g < p.groups; ++g) {
     const Head h(p, batch, group.kv_head * p.groups + g);
-    in_short_blocks(p, h, 0, h.lq, [&](const auto& block, auto count) {
-      const int64_t i0 = block.i0, rows = block.count;
+    for (int64_t i0 = 0; i0 < h.lq; i0 += kShortQueries) {
+      const int64_t rows = smaller(kShortQueries, h.lq - i0);
+      const ShortBlock block{p, h, i0, rows};
       const Rows<float> q = rows_at(p.q, h.at_q(p.q, i0)), grad_out = rows_at(p.grad_out, h.at_q(p.grad_out, i0));
       load_transposed<float>(p.dtype, q.data, 0, q.row, rows, p.d, across);
       load_transposed<float>(p.dtype, grad_out.data, 0, grad_out.row, rows, p.dv, grad_across);
-      Vec<float> of_keys[count.value], grad[count.value], top, sum;
-      block.weigh(across, of_keys, top, sum);
-      for (int j = 0; j < count.value; ++j) store(weights + j * kShortQueries, of_keys[j]);
-      block.products(values, grad_across, p.dv, grad);
-      Vec<float> less{};
+      Vec<float> top, sum, less{};
+      block.weigh(across, weights, top, sum);
       if (p.grad_lse) {
         less = -load_partial(static_cast<const float*>(p.grad_lse) + h.at_lse(p, i0), static_cast<int>(rows));
       }
-      for (int j = 0; j < count.value; ++j) less = fma<float>(load(weights + j * kShortQueries), grad[j], less);
-      const Vec<float> scale = broadcast(static_cast<float>(p.scale));
-      for (int j = 0; j < count.value; ++j) {
-        store(grad_scores + j * kShortQueries, load(weights + j * kShortQueries) * (grad[j] - less) * scale);
-      }
-      product<float, false>(count.value, p.dv, rows, {weights, kShortQueries, 1}, grad_out.data, grad_out.row, grad_v,
+      block.grad_scores(grad_across, weights, less, grad_scores);
+      product<float, false>(h.lk, p.dv, rows, {weights, kShortQueries, 1}, grad_out.data, grad_out.row, grad_v,
                             p.grad_v.row, accumulate);
-      product<float, false>(count.value, p.d, rows, {grad_scores, kShortQueries, 1}, q.data, q.row, grad_k,
-                            p.grad_k.row, accumulate);
-      product<float, false>(rows, p.d, count.value, {grad_scores, 1, kShortQueries}, keys.data, keys.row,
+      product<float, false>(h.lk, p.d, rows, {grad_scores, kShortQueries, 1}, q.data, q.row, grad_k, p.grad_k.row,
+                            accumulate);
+      product<float, false>(rows, p.d, h.lk, {grad_scores, 1, kShortQueries}, keys.data, keys.row,
                             static_cast<float*>(p.grad_q.data) + h.at_q(p.grad_q, i0), p.grad_q.row, false);
       accumulate = true;
-    });
+    }
   }
 }
 

@@ -20,68 +20,83 @@ inline Rows<float> rows_at(const AttentionArray& x, int64_t at) {
   return {static_cast<const float*>(x.data) + at, x.row};
 }
 
-// Queries i0 ... i0 + count of one head, at most a vector of them.
+// sums[j] = row j of x times the lanes' vectors, the columns of `across`.
 template <int kCount>
+FASTNETS_INLINE void products_across(const Rows<float>& x, const float* across, int64_t depth, Vec<float>* sums) {
+  Vec<float> local[kCount] = {};
+  for (int64_t c = 0; c < depth; ++c) {
+    const Vec<float> lanes = load(across + c * kKeys);
+#pragma GCC unroll 16
+    for (int j = 0; j < kCount; ++j) local[j] = fma<float>(broadcast(x.data[j * x.row + c]), lanes, local[j]);
+  }
+#pragma GCC unroll 16
+  for (int j = 0; j < kCount; ++j) sums[j] = local[j];
+}
+
+// Queries i0 ... i0 + count of one head, at most a vector of them.
 struct ShortBlock {
   const Attention& p;
   const Head& h;
   const int64_t i0, count;
 
-  // sums[j] = row j of x times the lanes' vectors, the columns of `across`.
-  FASTNETS_INLINE void products(const Rows<float>& x, const float* across, int64_t depth, Vec<float>* sums) const {
-    Vec<float> local[kCount] = {};
-    for (int64_t c = 0; c < depth; ++c) {
-      const Vec<float> lanes = load(across + c * kKeys);
+  // The lanes' weights of the keys, [keys][lanes]; `across` has q's columns. Also the largest scores, in log2, and the
+  // sums of the weights relative to them, 0 where a lane sees no key.
+  void weigh(const float* across, float* weights, Vec<float>& top, Vec<float>& sum) const {
+    with_keys([&](auto keys) {
+      constexpr int n = keys.value;
+      const Vec<float> unit = broadcast(static_cast<float>(p.scale * kLog2E)), none{};
+      const Vec<float> empty = broadcast(kMinusInfinity<float>);
+      Vec<float> scores[n];
+      products_across<n>(rows_at(p.k, h.at_k(p.k, 0)), across, p.d, scores);
 #pragma GCC unroll 16
-      for (int j = 0; j < kCount; ++j) local[j] = fma<float>(broadcast(x.data[j * x.row + c]), lanes, local[j]);
-    }
+      for (int j = 0; j < n; ++j) scores[j] *= unit;
+      if (h.first(p, i0 + count - 1) > 0 || h.last(p, i0) < n) {
+        Vec<float> first{}, last{};
+        for (int64_t i = 0; i < count; ++i) {
+          first[i] = static_cast<float>(h.first(p, i0 + i));
+          last[i] = static_cast<float>(h.last(p, i0 + i));
+        }
 #pragma GCC unroll 16
-    for (int j = 0; j < kCount; ++j) sums[j] = local[j];
+        for (int j = 0; j < n; ++j) {
+          const Vec<float> key = broadcast(static_cast<float>(j));
+          scores[j] = select<float>(key < last, select<float>(key < first, empty, scores[j]), empty);
+        }
+      }
+      top = scores[0];
+#pragma GCC unroll 16
+      for (int j = 1; j < n; ++j) top = maximum<float>(scores[j], top);
+      const Vec<float> shift = select<float>(top == empty, none, top);
+      sum = none;
+#pragma GCC unroll 16
+      for (int j = 0; j < n; ++j) sum += scores[j] = exp2<float>(scores[j] - shift);
+      const Vec<float> inverse = select<float>(sum == none, none, 1.0f / sum);
+#pragma GCC unroll 16
+      for (int j = 0; j < n; ++j) store(weights + j * kShortQueries, scores[j] * inverse);
+    });
   }
 
-  // The lanes' weights of the kCount keys; `across` has q's columns. Also the largest scores, in log2, and the sums of
-  // the weights relative to them; all are 0 where a lane sees no key.
-  FASTNETS_INLINE void weigh(const float* across, Vec<float>* weights, Vec<float>& top, Vec<float>& sum) const {
-    products(rows_at(p.k, h.at_k(p.k, 0)), across, p.d, weights);
-    const Vec<float> unit = broadcast(static_cast<float>(p.scale * kLog2E)), none{};
-    const Vec<float> empty = broadcast(kMinusInfinity<float>);
+  // p.scale times the gradients of the scores, as the weights lie; `across` has grad_out's columns, `less` is added to
+  // what the softmax subtracts.
+  void grad_scores(const float* across, const float* weights, Vec<float> less, float* grad_scores) const {
+    with_keys([&](auto keys) {
+      constexpr int n = keys.value;
+      Vec<float> grad[n];
+      products_across<n>(rows_at(p.v, h.at_k(p.v, 0)), across, p.dv, grad);
 #pragma GCC unroll 16
-    for (int j = 0; j < kCount; ++j) weights[j] *= unit;
-    if (h.first(p, i0 + count - 1) > 0 || h.last(p, i0) < kCount) {
-      Vec<float> first{}, last{};
-      for (int64_t i = 0; i < count; ++i) {
-        first[i] = static_cast<float>(h.first(p, i0 + i));
-        last[i] = static_cast<float>(h.last(p, i0 + i));
-      }
+      for (int j = 0; j < n; ++j) less = fma<float>(load(weights + j * kShortQueries), grad[j], less);
+      const Vec<float> scale = broadcast(static_cast<float>(p.scale));
 #pragma GCC unroll 16
-      for (int j = 0; j < kCount; ++j) {
-        const Vec<float> key = broadcast(static_cast<float>(j));
-        weights[j] = select<float>(key < last, select<float>(key < first, empty, weights[j]), empty);
-      }
-    }
-    top = weights[0];
-#pragma GCC unroll 16
-    for (int j = 1; j < kCount; ++j) top = maximum<float>(weights[j], top);
-    const Vec<float> shift = select<float>(top == empty, none, top);
-    sum = none;
-#pragma GCC unroll 16
-    for (int j = 0; j < kCount; ++j) sum += weights[j] = exp2<float>(weights[j] - shift);
-    const Vec<float> inverse = select<float>(sum == none, none, 1.0f / sum);
-#pragma GCC unroll 16
-    for (int j = 0; j < kCount; ++j) weights[j] *= inverse;
-  }
-};
-
-// Calls body(block, keys) with the blocks of queries begin ... end; keys is the constant h.lk.
-template <class Body>
-FASTNETS_INLINE void in_short_blocks(const Attention& p, const Head& h, int64_t begin, int64_t end, const Body& body) {
-  if constexpr (kShortKeys > 0) {
-    with_count<kShortKeys>(static_cast<int>(h.lk), [&](auto keys) {
-      for (int64_t i = begin; i < end; i += kShortQueries) {
-        body(ShortBlock<keys.value>{p, h, i, smaller(kShortQueries, end - i)}, keys);
+      for (int j = 0; j < n; ++j) {
+        store(grad_scores + j * kShortQueries, load(weights + j * kShortQueries) * scale * (grad[j] - less));
       }
     });
   }
-}
+
+ private:
+  template <class Body>
+  FASTNETS_INLINE void with_keys(const Body& body) const {
+    if constexpr (kShortKeys > 0) with_count<kShortKeys>(static_cast<int>(h.lk), body);
+  }
+};
 
 }  // namespace fastnets::FASTNETS_ISA

@@ -8,12 +8,14 @@ namespace {
 constexpr int64_t kBlockPixels = 40 * kTileRows;
 constexpr int64_t kHeavyBytes = 1 << 20;  // of a weight
 
-// Of `tiles` times kRows results: to[r][kVectors] = start + rows[r], each a sequence of runs, times the panel.
+// Of `tiles` times kRows results: to[r][kVectors] = start + rows[r], each a sequence of runs, times the panel. `fetch`:
+// the rows have not been read before, so a tile asks for the next one's.
 template <class T, int kRows, int kVectors>
 void tiles_of(int64_t tiles, const T* const* rows, const Run* runs, int64_t count, const T* panel, const T* start,
-              T* const* to, bool stream) {
+              T* const* to, bool stream, bool fetch) {
   constexpr int lanes = kLanes<T>;
   for (; tiles > 0; --tiles, rows += kRows, to += kRows) {
+    const bool fetches = fetch && tiles > 1;
     Vec<T> sum[kRows][kVectors];
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
@@ -26,6 +28,10 @@ void tiles_of(int64_t tiles, const T* const* rows, const Run* runs, int64_t coun
     const T* factors = panel;
     for (const Run* run = runs; run < runs + count; ++run) {
       for (int64_t p = run->offset, end = p + run->length; p < end; ++p, factors += kVectors * lanes) {
+        if (fetches && p % lanes == 0) {  // a line's first element
+#pragma GCC unroll 16
+          for (int r = 0; r < kRows; ++r) __builtin_prefetch(rows[kRows + r] + p);
+        }
         Vec<T> right[kVectors];
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) {
@@ -51,9 +57,19 @@ void tiles_of(int64_t tiles, const T* const* rows, const Run* runs, int64_t coun
 // `height` is even, or the tile's full one.
 template <class T, int kVectors>
 void run_tiles(int height, int64_t tiles, const T* const* rows, const Run* runs, int64_t count, const T* panel,
-               const T* start, T* const* to, bool stream) {
-  with_count<kTileRows, 2>(
-      height, [&](auto n) { tiles_of<T, n.value, kVectors>(tiles, rows, runs, count, panel, start, to, stream); });
+               const T* start, T* const* to, bool stream, bool fetch) {
+  with_count<kTileRows, 2>(height, [&](auto n) {
+    tiles_of<T, n.value, kVectors>(tiles, rows, runs, count, panel, start, to, stream, fetch);
+  });
+}
+
+// Whether every result has one tap, which lies inside the source: channels there are read where they are.
+bool reads_in_place(const Phase& phase) {
+  if (phase.taps() != 1 || phase.source.channel != 1) return false;
+  for (const Axis& axis : phase.axes) {
+    if (axis.offset < 0 || (axis.count - 1) * axis.pull + axis.offset >= axis.extent) return false;
+  }
+  return true;
 }
 
 // One block: stages it, then panel after panel of the weight, tile after tile.
@@ -67,8 +83,23 @@ void compute(const Phase& phase, const Block& block, int64_t image, int64_t grou
   const int64_t result_pixels = phase.result_sizes[0] * phase.result_sizes[1] * phase.result_sizes[2];
   const S* source = static_cast<const S*>(p.source) + image * shape.groups * phase.source_channels * source_pixels +
                     group * phase.source_channels * phase.source.channel;
-  T* staged = static_cast<T*>(scratch(kStageSlot, (block.elements() + 1) * sizeof(T)));
-  if (depth > 0) stage(source, phase.source, phase.axes, block, block.channels, staged);
+  const StagedAxis* axes = block.axes;
+  const int64_t* strides = phase.source.at;
+  const T* operand = nullptr;
+  Walk operands = operand_rows(block);
+  bool in_place = false;
+  if constexpr (std::is_same_v<S, T>) {
+    in_place = reads_in_place(phase);
+    if (in_place) {
+      operand = source + axes[0].low * strides[0] + axes[1].low * strides[1] + axes[2].low * strides[2];
+      operands = {block, 0, axes[0].scale * strides[0], axes[1].scale * strides[1], axes[2].scale * strides[2]};
+    }
+  }
+  if (!in_place) {
+    T* staged = static_cast<T*>(scratch(kStageSlot, (block.elements() + 1) * sizeof(T)));
+    if (depth > 0) stage(source, phase.source, phase.axes, block, block.channels, staged);
+    operand = staged;
+  }
   Run* runs = static_cast<Run*>(scratch(kRunSlot, (phase.taps() + 1) * sizeof(Run)));
   const int64_t count = runs_of(block, phase.axes, runs);
   // Tiles of the same height, an even one; past the last pixel they repeat it.
@@ -80,7 +111,7 @@ void compute(const Phase& phase, const Block& block, int64_t image, int64_t grou
       image * shape.groups * phase.channels * result_pixels + group * phase.channels * phase.result.channel,
       group * phase.channels};
   const T* row[kBlockPixels];  // of whole tiles: no more, since kTileRows divides it
-  operand_rows(block).take<const T>(tiles * rows, staged, row);
+  operands.take<const T>(tiles * rows, operand, row);
   for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
     const int64_t first = panel * kTileCols<T>;
     const int vectors = panel_vectors<T>(phase.channels, first);
@@ -107,9 +138,9 @@ void compute(const Phase& phase, const Block& block, int64_t image, int64_t grou
     const int64_t together = near ? 1 : tiles;
     for (int64_t q = 0; q < tiles * rows; q += together * rows) {
       if (vectors == kTileVectors) {
-        run_tiles<T, kTileVectors>(rows, together, row + q, runs, count, weight, start, to + q, stream);
+        run_tiles<T, kTileVectors>(rows, together, row + q, runs, count, weight, start, to + q, stream, in_place);
       } else {
-        run_tiles<T, 1>(rows, together, row + q, runs, count, weight, start, to + q, stream);
+        run_tiles<T, 1>(rows, together, row + q, runs, count, weight, start, to + q, stream, in_place);
       }
       if (near) finish.channels_last(first, vectors, sums, at + q, at_most(rows, pixels - q));
     }

@@ -7,7 +7,7 @@ namespace {
 
 constexpr int kProductRows = kTileRows / 2;  // as many registers hold the sums twice
 constexpr int64_t kBlockTiles = 8 * kProductRows;
-constexpr int64_t kSumDepth = 16;
+constexpr int64_t kSumDepth = 8;
 
 constexpr int64_t kLeastChannels = 16;  // for the transforms to pay
 

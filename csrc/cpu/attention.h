@@ -1,7 +1,7 @@
 // What the attention kernels share: one (sequence, head) and its visible keys, blocks brought into compute type, the
 // register tile, the scores of a row and dropout's multipliers.
 //
-// Scores are kept in units of log2: exp(s) = 2^(s log2 e), the factor being part of the scaling of q.
+// Scores are kept in units of log2: exp(s) = 2^(s log2 e), the factor being part of that of the products q k.
 #pragma once
 
 #include "simd.h"

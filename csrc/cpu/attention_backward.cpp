@@ -196,7 +196,7 @@ struct Tile {
     }
   }
 
-  // The tile's share of the gradients of k and v, the first one or one more, is added to that of q in its rows. Uses up
+  // Adds the tile's share to the gradient of q in its rows and to those of k and v, which the first one sets. Uses up
   // weights, grad_scores and squashed.
   void add_gradients(int64_t rows, int64_t n, bool first, const Sum<T>& grad_k, const Sum<T>& grad_v, T* grad_q,
                      int64_t grad_q_row) {

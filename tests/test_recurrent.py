@@ -294,7 +294,7 @@ def test_any_input_runs_as_the_reference_does_or_is_refused(data):
 
 
 @pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
-@pytest.mark.parametrize(("rows", "hidden"), [(2, 200), (20, 300)])
+@pytest.mark.parametrize(("rows", "hidden"), [(2, 200), (20, 400)])
 def test_threads_that_share_a_step_change_nothing(cell, rows, hidden):
     """Few rows, and weights enough that threads share the hidden units; eight on fewer processors come late."""
     layer, x = getattr(fastnets.nn, cell)(96, hidden), torch.randn(30, rows, 96)

@@ -2,6 +2,7 @@
 // https://arxiv.org/abs/1805.02867; FlashAttention, https://arxiv.org/abs/2205.14135), so memory is linear in the
 // lengths. Also the softmax weights, recomputed from the log-sum-exp.
 
+#include "attention_pairs.h"
 #include "attention_short.h"
 
 namespace fastnets::FASTNETS_ISA {
@@ -102,6 +103,13 @@ FASTNETS_INLINE Vec<T> plus_log2(Vec<T> a, Vec<T> x) {
     std::memcpy(&a, of_a, sizeof a);
     return a;
   }
+}
+
+// The log-sum-exp of scores of which `top` is the largest or nearly, in log2 as they are: the backward pass finds a
+// weight of 1 again to the last bit. -inf where nothing was seen.
+template <class T>
+FASTNETS_INLINE Vec<T> log_sum(Vec<T> top, Vec<T> sum) {
+  return select<T>(sum == Vec<T>{}, broadcast<T>(kMinusInfinity<T>), plus_log2<T>(top, sum));
 }
 
 // A group of rows that meets a block of keys.
@@ -245,10 +253,8 @@ class Forward {
       Vec<T> sums[kLanes<T>];
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes<T>; ++i) sums[i] = load(at.sums + (r + i) * kLanes<T>);
-      const Vec<T> sum = sums_of<T>(sums), none{}, empty = broadcast<T>(kMinusInfinity<T>);
-      // In log2, as the scores are: the backward pass finds a weight of 1 again to the last bit.
-      const Vec<T> logarithm = select<T>(sum == none, empty, plus_log2<T>(load(at.largest + r), sum));
-      store_partial<T>(lse + r, logarithm, static_cast<int>(smaller(kLanes<T>, rows - r)));
+      const Vec<T> sum = sums_of<T>(sums), none{};
+      store_partial<T>(lse + r, log_sum<T>(load(at.largest + r), sum), static_cast<int>(smaller(kLanes<T>, rows - r)));
       store(at.largest + r, select<T>(sum == none, none, T(1) / sum));
     }
     store_rows<T>(p.dtype, p.out.data, h.at_q(p.out, begin), p.out.row, rows, p.dv, at.out, width, at.largest, 1);
@@ -260,14 +266,13 @@ void short_forward(const AttentionForward& p, const Head& h, int64_t begin, int6
   float* const across = arena.take<float>(p.d * kKeys);
   float* const weights = arena.take<float>(kShortKeys * kShortQueries);
   const Rows<float> values = rows_at(p.v, h.at_k(p.v, 0));
-  const Vec<float> none{}, empty = broadcast(kMinusInfinity<float>);
   for (int64_t i0 = begin; i0 < end; i0 += kShortQueries) {
     const int64_t rows = smaller(kShortQueries, end - i0);
     load_transposed<float>(p.dtype, p.q.data, h.at_q(p.q, i0), p.q.row, rows, p.d, across);
     Vec<float> top, sum;
     ShortBlock{p, h, i0, rows}.weigh(across, weights, top, sum);
-    store_partial<float>(static_cast<float*>(p.lse) + h.at_lse(p, i0),
-                         select<float>(sum == none, empty, plus_log2<float>(top, sum)), static_cast<int>(rows));
+    store_partial<float>(static_cast<float*>(p.lse) + h.at_lse(p, i0), log_sum<float>(top, sum),
+                         static_cast<int>(rows));
     product<float, false>(rows, p.dv, h.lk, {weights, 1, kShortQueries}, values.data, values.row,
                           static_cast<float*>(p.out.data) + h.at_q(p.out, i0), p.out.row, false);
   }

@@ -2,6 +2,7 @@
 // (FlashAttention, https://arxiv.org/abs/2205.14135, algorithm 4). One unit of work owns a head of k and v, so that
 // every sum is in a fixed order; the mask's gradient, whose sums run across heads, is a pass of its own.
 
+#include "attention_pairs.h"
 #include "attention_short.h"
 
 namespace fastnets::FASTNETS_ISA {
@@ -283,11 +284,11 @@ void backward_unit(const AttentionBackward& p, int64_t batch, int64_t kv_head, i
   Tile<T, kPairs> tile(p);
   const int64_t width = tile.width;
   const int64_t per_head = group.lq * width, rows_in_all = p.groups * group.lq;
-  const size_t sums = p.splits == 1 ? Arena::bytes<T>(p.groups * per_head) : 0;
-  Arena arena(1, sums + 2 * Arena::bytes<T>(rows_in_all));
+  const int64_t room = p.splits == 1 && !in_place<T>(p, p.grad_q, p.d) ? p.groups * per_head : 0;
+  Arena arena(1, Arena::bytes<T>(room) + 2 * Arena::bytes<T>(rows_in_all));
   T* subtract = arena.take<T>(rows_in_all);
   T* shift = arena.take<T>(rows_in_all);
-  T* for_grad_q = p.splits == 1 ? arena.take<T>(p.groups * per_head)
+  T* for_grad_q = p.splits == 1 ? arena.take<T>(room)
                                 : static_cast<T*>(p.partial_grad_q) +
                                       ((batch * p.heads / p.groups + kv_head) * p.splits + split) * p.groups * per_head;
   const auto sum_of_q = [&](int64_t g) {

@@ -44,7 +44,7 @@ struct ShortBlock {
   void weigh(const float* across, float* weights, Vec<float>& top, Vec<float>& sum) const {
     with_keys([&](auto keys) {
       constexpr int n = keys.value;
-      const Vec<float> unit = broadcast(static_cast<float>(p.scale * kLog2E)), none{};
+      const Vec<float> unit = broadcast(Scoring<float>(p).unit), none{};
       const Vec<float> empty = broadcast(kMinusInfinity<float>);
       Vec<float> scores[n];
       products_across<n>(rows_at(p.k, h.at_k(p.k, 0)), across, p.d, scores);

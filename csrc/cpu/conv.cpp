@@ -8,14 +8,13 @@ namespace {
 constexpr int64_t kBlockPixels = 40 * kTileRows;
 constexpr int64_t kHeavyBytes = 1 << 20;  // of a weight
 
-// Of `tiles` times kRows results: to[r][kVectors] = start + rows[r], each a sequence of runs, times the panel. `fetch`:
-// the rows have not been read before, so a tile asks for the next one's.
+// Of `tiles` times kRows results: to[r][kVectors] = start + rows[r], each a sequence of runs, times the panel. The
+// first `asking` tiles ask for the next one's rows, which have not been read before.
 template <class T, int kRows, int kVectors>
 void tiles_of(int64_t tiles, const T* const* rows, const Run* runs, int64_t count, const T* panel, const T* start,
-              T* const* to, bool stream, bool fetch) {
+              T* const* to, bool stream, int64_t asking) {
   constexpr int lanes = kLanes<T>;
-  for (; tiles > 0; --tiles, rows += kRows, to += kRows) {
-    const bool fetches = fetch && tiles > 1;
+  for (; tiles > 0; --tiles, --asking, rows += kRows, to += kRows) {
     Vec<T> sum[kRows][kVectors];
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
@@ -28,7 +27,7 @@ void tiles_of(int64_t tiles, const T* const* rows, const Run* runs, int64_t coun
     const T* factors = panel;
     for (const Run* run = runs; run < runs + count; ++run) {
       for (int64_t p = run->offset, end = p + run->length; p < end; ++p, factors += kVectors * lanes) {
-        if (fetches && p % lanes == 0) {  // a line's first element
+        if (asking > 0 && p % lanes == 0) {  // a line's first element
 #pragma GCC unroll 16
           for (int r = 0; r < kRows; ++r) __builtin_prefetch(rows[kRows + r] + p);
         }
@@ -57,9 +56,9 @@ void tiles_of(int64_t tiles, const T* const* rows, const Run* runs, int64_t coun
 // `height` is even, or the tile's full one.
 template <class T, int kVectors>
 void run_tiles(int height, int64_t tiles, const T* const* rows, const Run* runs, int64_t count, const T* panel,
-               const T* start, T* const* to, bool stream, bool fetch) {
+               const T* start, T* const* to, bool stream, int64_t asking) {
   with_count<kTileRows, 2>(height, [&](auto n) {
-    tiles_of<T, n.value, kVectors>(tiles, rows, runs, count, panel, start, to, stream, fetch);
+    tiles_of<T, n.value, kVectors>(tiles, rows, runs, count, panel, start, to, stream, asking);
   });
 }
 
@@ -137,10 +136,11 @@ void compute(const Phase& phase, const Block& block, int64_t image, int64_t grou
     T* const* const to = direct ? reinterpret_cast<T* const*>(at) : of_sums;
     const int64_t together = near ? 1 : tiles;
     for (int64_t q = 0; q < tiles * rows; q += together * rows) {
+      const int64_t left = tiles - 1 - q / rows, asking = in_place ? at_most(together, left) : 0;
       if (vectors == kTileVectors) {
-        run_tiles<T, kTileVectors>(rows, together, row + q, runs, count, weight, start, to + q, stream, in_place);
+        run_tiles<T, kTileVectors>(rows, together, row + q, runs, count, weight, start, to + q, stream, asking);
       } else {
-        run_tiles<T, 1>(rows, together, row + q, runs, count, weight, start, to + q, stream, in_place);
+        run_tiles<T, 1>(rows, together, row + q, runs, count, weight, start, to + q, stream, asking);
       }
       if (near) finish.channels_last(first, vectors, sums, at + q, at_most(rows, pixels - q));
     }

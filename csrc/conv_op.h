@@ -65,6 +65,7 @@ struct ConvOptions {
 inline ConvShape shape_of(const Tensor& weight, int64_t batch, const Ints& in, const Ints& out, const ConvOptions& of) {
   const int64_t dims = weight.dim() - 2;
   STD_TORCH_CHECK(1 <= dims && dims <= 3, "weight must have 3 to 5 dimensions, has ", weight.dim());
+  STD_TORCH_CHECK(weight.size(0) > 0 && weight.size(1) > 0, "weight must have channels");
   STD_TORCH_CHECK(of.groups > 0 && weight.size(0) % of.groups == 0, "groups must divide weight.size(0)");
   ConvShape s{};
   s.dtype = dtype_of(weight);
@@ -79,6 +80,13 @@ inline ConvShape shape_of(const Tensor& weight, int64_t batch, const Ints& in, c
     STD_TORCH_CHECK(s.padding[d] >= 0 && s.in[d] >= 0 && s.out[d] >= 0, "padding and size must not be negative");
   }
   fill_weight_strides(s, weight);
+  return s;
+}
+
+// What a kernel is told: one pixel an image lies alike in both formats, of which one needs no turning.
+inline ConvShape as_it_lies(ConvShape s) {
+  const auto is_one = [](const int64_t (&sizes)[3]) { return sizes[0] == 1 && sizes[1] == 1 && sizes[2] == 1; };
+  s.channels_last = s.channels_last || (is_one(s.in) && is_one(s.out));
   return s;
 }
 
@@ -107,8 +115,8 @@ inline ConvResult run(void (*kernel)(const ConvGather&, const Tensor&), const Co
     check_format(*residual, shape.channels_last, "residual");
   }
   if (result.numel() > 0) {
-    kernel({shape, source.data_ptr(), weight.data_ptr(), bias ? line.data_ptr() : nullptr, pointer_or_null(residual),
-            result.data_ptr(), keep ? kept.data_ptr() : nullptr, activation},
+    kernel({as_it_lies(shape), source.data_ptr(), weight.data_ptr(), bias ? line.data_ptr() : nullptr,
+            pointer_or_null(residual), result.data_ptr(), keep ? kept.data_ptr() : nullptr, activation},
            result);
   }
   return {result, kept};
@@ -148,9 +156,10 @@ Tensor conv_grad_weight(const Tensor& grad, const Tensor& x, const Tensor& weigh
     check_format(t, channels_last, name);
   }
   Tensor grad_weight = torch::stable::empty_like(weight);
-  ConvGradWeight p{shape, grad.data_ptr(), x.data_ptr(), grad_weight.data_ptr()};
+  if (grad.numel() == 0) return torch::stable::fill_(grad_weight, 0.0);
+  ConvGradWeight p{as_it_lies(shape), grad.data_ptr(), x.data_ptr(), grad_weight.data_ptr()};
   fill_weight_strides(p.shape, grad_weight);
-  if (grad_weight.numel() > 0) Device::grad_weight(p, grad_weight);
+  Device::grad_weight(p, grad_weight);
   return grad_weight;
 }
 

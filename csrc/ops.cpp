@@ -82,6 +82,8 @@ STABLE_TORCH_LIBRARY(FASTNETS_LIBRARY, m) {
       "bool bias_gradient, bool deterministic) -> (Tensor, Tensor, Tensor, Tensor)");
   // The instruction set that the CPU kernels run on: 0 generic, 1 avx2, 2 avx512, 3 avx512_bf16.
   m.def("cpu_capability() -> int");
+  // Whether the processor is one of AMD's.
+  m.def("cpu_is_amd() -> bool");
   // Does nothing but multiply-adds of float32, on every thread; returns how many.
   m.def("cpu_multiply_adds(int rounds) -> int");
 }

@@ -102,9 +102,17 @@ simt_missing: str | None = _load_simt()
 """Why the SIMT device is not there, or None when it is."""
 
 
+def _outruns_mkl() -> bool:
+    """Whether torch's matrix product runs older code here than ours: MKL's for AMD's processors knows no AVX-512."""
+    return missing is None and torch.ops.fastnets.cpu_is_amd() and cpu_capability().startswith("avx512")
+
+
 CPU_CAPABILITIES = ("generic", "avx2", "avx512", "avx512_bf16")
 
 
 def cpu_capability() -> str | None:
     """The instruction set of the CPU kernels, one of CPU_CAPABILITIES; None without the library."""
     return None if missing is not None else CPU_CAPABILITIES[torch.ops.fastnets.cpu_capability()]
+
+
+outruns_mkl: bool = _outruns_mkl()

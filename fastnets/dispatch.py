@@ -19,7 +19,7 @@ from .kernels import registry
 __all__ = ["BACKENDS", "Case", "Implementation", "Unsupported", "backend", "recording", "select", "why_missing"]
 
 BACKENDS = ("reference", "cpu", "cuda", "triton", "simt")
-FAMILIES = ("conv", "recurrent", "attention", "softmax")
+FAMILIES = ("conv", "linear", "recurrent", "attention", "softmax")
 
 
 class Unsupported(NotImplementedError):
@@ -30,7 +30,7 @@ class Case(NamedTuple):
     """One call, as far as the choice of a backend depends on it."""
 
     family: str
-    """conv, recurrent, attention or softmax."""
+    """conv, linear, recurrent, attention or softmax."""
     device: str
     """The inputs' device type."""
     dtype: torch.dtype
@@ -69,7 +69,12 @@ def _cpu_supports(case: Case) -> str | None:
         return f"it takes CPU tensors, not {case.device} ones"
     if case.dtype not in _FLOATING:
         return f"it takes float32, float64, bfloat16 and float16, not {case.dtype}"
-    return None
+    return _tensors_objection(case)
+
+
+def _tensors_objection(case: Case) -> str | None:
+    """What no kernel of ours takes."""
+    return "it takes neither sparse tensors nor subclasses of torch.Tensor" if "special" in case.options else None
 
 
 @functools.cache
@@ -94,12 +99,12 @@ def _kernels_objection(case: Case) -> str | None:
     """What the GPU kernels do not take, CUDA's and Triton's, on a GPU or on the CPU for tests."""
     if case.dtype not in _GPU_DTYPES:
         return f"the GPU kernels take float32, bfloat16 and float16, not {case.dtype}"
-    if case.family == "conv" and "large" in case.options:
+    if case.family in ("conv", "linear") and "large" in case.options:
         return "the GPU kernels count in 32 bits: fewer than 2^29 positions along a dimension, 2^31 in an image"
     widest = max(case.sizes.get("D", 0), case.sizes.get("Dv", 0))
     if case.family == "attention" and widest > _GPU_WIDEST_HEAD:
         return f"the GPU kernels take head dimensions up to {_GPU_WIDEST_HEAD}, not {widest}"
-    return None
+    return _tensors_objection(case)
 
 
 def _cuda_supports(case: Case) -> str | None:
@@ -136,7 +141,7 @@ IMPLEMENTATIONS: dict[tuple[str, str], Implementation] = {
     **{
         (family, "triton"): Implementation("triton", _triton_supports, getattr(torch.ops, registry.NAMESPACE))
         for family in FAMILIES
-        if family in registry.FAMILIES
+        if family in registry.FAMILIES or family == "linear"  # on convolution's operators
     },
     **{(family, "simt"): Implementation("simt", _simt_supports, torch.ops.fastnets_simt, True) for family in FAMILIES},
 }
@@ -151,6 +156,35 @@ _ORDER_ELSEWHERE = ("reference",)
 # Compute capability -> families in which Triton comes before CUDA: its compiler emits the tensor core instructions of
 # Hopper and Blackwell (wgmma, tcgen05), which csrc/cuda does not use yet. Nobody has measured it.
 _TRITON_FIRST: dict[int, tuple[str, ...]] = {9: ("attention", "conv"), 10: ("attention", "conv")}
+
+
+# Where plain PyTorch is the faster one. A linear layer is a matrix product: GPUs have cuBLAS, Intel's processors MKL,
+# bfloat16 oneDNN (475 of 480 GFLOP/s a core). On AMD's processors MKL runs the code of AVX2, at 105 GFLOP/s of float32
+# a core of Zen 5, where ours with AVX-512 reaches 200 to 220 (`bench --op linear`); few rows are bound by memory, and
+# of few products a call of ours costs more than it saves.
+_LEAST_ROWS = 24
+_LEAST_PRODUCTS = 1 << 22
+
+
+def _faster_in_torch(case: Case) -> str | None:
+    """Why the automatic choice leaves the case to plain PyTorch, or None."""
+    if case.family != "linear":
+        return None
+    if case.device != "cpu" or not _library.outruns_mkl:
+        return f"PyTorch's matrix product is as fast on this {case.device}"
+    if case.dtype not in (torch.float32, torch.float64) or "bf16" in case.options:
+        return "PyTorch's matrix product of this precision is as fast"
+    if case.sizes.get("rows", _LEAST_ROWS) < _LEAST_ROWS:
+        return f"fewer than {_LEAST_ROWS} rows are bound by memory"
+    if case.sizes.get("products", _LEAST_PRODUCTS) < _LEAST_PRODUCTS:
+        return f"fewer than {_LEAST_PRODUCTS} products are done before a call of ours has begun"
+    return None
+
+
+def is_small_linear(products: int) -> bool:
+    """Whether a linear layer of so few products runs on plain PyTorch whatever else is said of it, and nobody watches:
+    then no case need be made, which would cost such a layer a tenth of its time."""
+    return products < _LEAST_PRODUCTS and _thread.forced is None and _default is None and not _thread.recorders
 
 
 def _order(case: Case) -> tuple[str, ...]:
@@ -256,12 +290,13 @@ def _forced_choice(case: Case, name: str) -> Implementation:
 
 def _first_willing(case: Case) -> tuple[Implementation, dict[str, str]]:
     objections: dict[str, str] = {}
+    slower = _faster_in_torch(case)
     for name in _order(case):
         implementation = IMPLEMENTATIONS.get((case.family, name))
         if implementation is None:
             objections[name] = why_missing(name) or "it has no such operator"
             continue
-        reason = implementation.supports(case)
+        reason = implementation.supports(case) or (slower if name != "reference" else None)
         if reason is None:
             return implementation, objections
         objections[name] = reason

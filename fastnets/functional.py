@@ -9,6 +9,7 @@ from .ops import attention as _attention
 from .ops._checks import expect_tensor
 from .ops.conv import conv as _conv
 from .ops.conv import conv_transpose as _conv_transpose
+from .ops.linear import linear as _linear
 from .ops.softmax import softmax as _softmax
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "conv_transpose1d",
     "conv_transpose2d",
     "conv_transpose3d",
+    "linear",
     "scaled_dot_product_attention",
     "softmax",
     "varlen_attention",
@@ -56,6 +58,35 @@ def softmax(
     if input.dim() == 0:
         return _softmax(input.reshape(1), 0 if dim in (0, -1) else dim, scale=scale, mask=mask).reshape(())
     return _softmax(input, dim, scale=scale, mask=mask)
+
+
+def linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """activation(input weight^T + bias + residual), in one pass over memory.
+
+    torch.nn.functional.linear with an epilogue. It is a pointwise convolution, and runs on convolution's kernels where
+    these are faster than PyTorch's matrix product (`fastnets.explain` says where), else on PyTorch's.
+
+    Args:
+        input: [*, I], any number of leading dimensions, any strides.
+        weight: [O, I].
+        bias: [O].
+        activation: None, 'relu', 'gelu' (the exact one), 'silu', 'sigmoid' or 'tanh'.
+        residual: of the result's shape, added before the activation.
+
+    Returns:
+        [*, O].
+
+    Raises:
+        TypeError, ValueError (where torch raises RuntimeError, that too): naming the argument.
+    """
+    return _linear(input, weight, bias, activation, residual)
 
 
 def conv1d(

@@ -174,7 +174,7 @@ layers = [fastnets.nn.Conv1d(6, 4, 3), fastnets.nn.LSTM(8, 5), fastnets.nn.Softm
           fastnets.nn.TransformerEncoderLayer(8, 2, 16)]
 for layer in layers:
     found = fastnets.explain(layer, x)
-    assert [(row.backend, [name for name, _ in row.objections]) for row in found.operators] == [("reference", ["cpu"])]
+    assert {(row.backend, *(name for name, _ in row.objections)) for row in found.operators} == {("reference", "cpu")}
     try:
         with fastnets.backend("cpu"):
             layer(x)
@@ -243,9 +243,15 @@ def test_converted_models_pickle_and_agree():
 def test_explain_a_call():
     model = fastnets.convert(_model())
     found = fastnets.explain(model[2], torch.ones(2, 5, 4))
-    assert [(row.layer, row.family, row.calls) for row in found.operators] == [("1.self_attn", "attention", 1)]
-    assert found.operators[0].dtype == torch.float32
-    assert (("0", "1.linear1", "1.linear2"), "Linear") in [(row.layers, row.kind) for row in found.others]
+    assert [(row.layer, row.family, row.calls) for row in found.operators] == [
+        ("0", "linear", 1),
+        ("1.self_attn", "linear", 2),
+        ("1.self_attn", "attention", 1),
+        ("1.linear1", "linear", 1),
+        ("1.linear2", "linear", 1),
+    ]
+    assert {row.dtype for row in found.operators} == {torch.float32}
+    assert (("1.norm1", "1.norm2"), "LayerNorm") in [(row.layers, row.kind) for row in found.others]
 
     shared = fastnets.nn.Softmax(-1)
     found = fastnets.explain(torch.nn.Sequential(shared, torch.nn.Identity(), shared), X)
@@ -254,7 +260,7 @@ def test_explain_a_call():
     found = fastnets.explain(lambda: fastnets.functional.softmax(shared(X), 0))
     assert [row.layer for row in found.operators] == ["Softmax", ""]
     found = fastnets.explain(model[2].forward, torch.ones(2, 5, 4))
-    assert found.operators[0].layer == "1.self_attn"
+    assert found.operators[0].layer == "0"
 
 
 @pytest.mark.usefixtures("_cpu_objects")
@@ -277,11 +283,14 @@ def test_explain_reads_a_model():
     reasons = {name: row.why for row in fastnets.explain(model).others for name in row.layers}
     assert reasons["0"] == reasons["2.1"] == reasons["2.1.self_attn"] == "fastnets.convert makes it ours"
     assert "code of its own" in reasons["1"]
-    assert reasons["2.0"] == "fastnets has no such layer"
+    assert reasons["2.1.norm1"] == "fastnets has no such layer"
     found = fastnets.explain(fastnets.convert(model).double())
     assert [(row.layer, row.family) for row in found.operators] == [
         ("0", "conv"),
+        ("2.0", "linear"),
         ("2.1.self_attn", "attention"),
+        ("2.1.linear1", "linear"),
+        ("2.1.linear2", "linear"),
         ("3", "softmax"),
     ]
     assert {row.dtype for row in found.operators} == {torch.float64}
@@ -307,8 +316,46 @@ def test_explanation_prints():
     found = fastnets.explain(fastnets.convert(_model()))
     text = str(found)
     assert repr(found) == text
-    assert [line.split()[0] for line in text.splitlines()[:4]] == ["layer", "0", "2.1.self_attn", "3"]
+    assert [line.split()[0] for line in text.splitlines()[:4]] == ["layer", "0", "2.0", "2.1.self_attn"]
     console = Console(width=200, file=io.StringIO())
     console.print(found)
     assert "2.1.self_attn" in console.file.getvalue()
     assert str(fastnets.explain(torch.nn.Sequential())) == "no layers"
+
+
+LARGE = {"rows": 64, "products": 1 << 24}
+
+
+@pytest.fixture
+def _outruns(monkeypatch):
+    monkeypatch.setattr(_library, "outruns_mkl", True)
+
+
+@pytest.mark.usefixtures("_outruns")
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        ({}, None),
+        ({"dtype": torch.float64}, None),
+        ({"device": "cuda"}, ""),
+        ({"dtype": torch.bfloat16}, "this precision"),
+        ({"options": frozenset({"bf16"})}, "this precision"),
+        ({"options": frozenset({"special"})}, "neither sparse tensors nor subclasses"),
+        ({"sizes": {**LARGE, "rows": 3}}, "rows are bound by memory"),
+        ({"sizes": {**LARGE, "products": 1000}}, "done before a call of ours"),
+    ],
+)
+def test_linear_layers_run_where_they_are_faster(case, reason):
+    if _library.missing is not None:
+        pytest.skip(_library.missing)
+    case = dispatch.Case(**{"family": "linear", "device": "cpu", "dtype": torch.float32, "sizes": LARGE, **case})
+    chosen, objections = dispatch._first_willing(case)
+    assert chosen.backend == ("cpu" if reason is None else "reference")
+    if reason is not None:
+        assert any(reason in objection for objection in objections.values()), objections
+
+
+def test_linear_layers_leave_processors_that_mkl_knows_to_it(monkeypatch):
+    monkeypatch.setattr(_library, "outruns_mkl", False)
+    case = dispatch.Case("linear", "cpu", torch.float32, sizes=LARGE)
+    assert dispatch._first_willing(case)[0].backend == "reference"

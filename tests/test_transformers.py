@@ -1,20 +1,22 @@
 """Hugging Face transformers on our attention, on tiny randomly initialised models."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from modules import assert_within_rule
 from torch.testing import assert_close
 
 import fastnets
+from fastnets.integrations import transformers as fastnets_transformers
 
 transformers = pytest.importorskip("transformers")
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _registered():
-    from fastnets.integrations.transformers import register
-
-    register()
+    fastnets_transformers.register()
 
 
 SIZES = {"vocab_size": 61, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
@@ -128,3 +130,21 @@ def test_sinks_are_refused():
     q = torch.zeros(1, 2, 3, 4)
     with pytest.raises(NotImplementedError, match="s_aux"):
         attention(torch.nn.Module(), q, q, q, None, s_aux=torch.zeros(2))
+
+
+def test_linear_layers_become_ours():
+    config = transformers.GPT2Config(vocab_size=30, n_positions=16, n_embd=32, n_head=2, n_layer=1)
+    stock = transformers.GPT2LMHeadModel(config).eval()
+    model = copy.deepcopy(stock)
+    assert fastnets_transformers.convert(model) is model
+    layer, theirs = (net.transformer.h[0].mlp.c_fc for net in (model, stock))
+    assert type(layer) is not type(theirs)
+    assert isinstance(layer, type(theirs))
+    assert repr(layer) == repr(theirs)
+    assert type(pickle.loads(pickle.dumps(layer))) is type(layer)
+    ids, seen = torch.arange(16)[None], []
+    with fastnets.backend("cpu"), fastnets.dispatch.recording(lambda case, *_: seen.append(case.family)):
+        found = model(ids).logits
+    assert seen == ["linear"] * 5  # two of attention, two of the feed-forward network, the head
+    assert_close(found, stock(ids).logits)
+    assert model.state_dict().keys() == stock.state_dict().keys()

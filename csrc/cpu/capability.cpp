@@ -42,6 +42,15 @@ int choose() {
   return wanted;
 }
 
+bool cpu_is_amd() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("amd") != 0;
+#else
+  return false;
+#endif
+}
+
 int64_t cpu_capability() { return static_cast<int64_t>(capability()); }
 
 }  // namespace
@@ -82,4 +91,5 @@ const Kernels& kernels() {
 
 STABLE_TORCH_LIBRARY_IMPL(fastnets, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&fastnets::cpu_capability));
+  m.impl("cpu_is_amd", TORCH_BOX(&fastnets::cpu_is_amd));
 }

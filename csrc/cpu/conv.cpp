@@ -6,7 +6,6 @@ namespace fastnets::FASTNETS_ISA {
 namespace {
 
 constexpr int64_t kBlockPixels = 40 * kTileRows;
-constexpr int64_t kHeavyBytes = 1 << 20;  // of a weight
 
 // Of `tiles` times kRows results: to[r][kVectors] = start + rows[r], each a sequence of runs, times the panel. The
 // first `asking` tiles ask for the next one's rows, which have not been read before.
@@ -218,6 +217,7 @@ void gather(const Phase& phase, int64_t repeat, int64_t passes) {
   if (phase.positions() == 0) return;
   const ConvShape& s = phase.p.shape;
   if (s.groups > 1 && s.in_channels == 1) return depthwise_gather(phase, repeat, passes);
+  if (product_pays(phase)) return product_gather(phase);
   if (winograd_pays(phase)) return winograd_gather(phase);
   if (planes_pay(phase)) return planes_gather(phase);
   with_storage(s.dtype, [&](auto kind) { gather_blocks<Compute<decltype(kind)>, decltype(kind)>(phase); });

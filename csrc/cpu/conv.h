@@ -13,6 +13,7 @@ namespace fastnets::FASTNETS_ISA {
 constexpr int kWeightSlot = 0, kStageSlot = 1, kSumSlot = 2, kRunSlot = 3, kGradSlot = 4;  // scratch memory
 constexpr int kTransformSlot = 5;
 constexpr int64_t kStageBytes = 256 << 10;  // of a staged block: with a panel of the weight, in the second-level cache
+constexpr int64_t kHeavyBytes = 1 << 20;    // of a weight: it outgrows the second-level cache
 constexpr int64_t kGrain = 1 << 17;         // multiply-adds worth waking a thread for
 
 // How one axis of a block of results lies in its staged source: result j (counted in the block), tap i at position
@@ -450,6 +451,11 @@ struct Finish {
 // One block and one panel of the weight, which pack_weight packed for the group.
 void gather_block(const Phase& phase, const Block& block, int64_t image, int64_t group, const void* packed,
                   int64_t panel);
+
+// Pointwise convolutions as matrix products, where that pays; the weight's gradient: false where it does not.
+bool product_pays(const Phase& phase);
+void product_gather(const Phase& phase);
+bool product_grad_weight(const ConvGradWeight& p, const Axis (&axes)[3]);
 
 // The gather by Winograd's algorithm, where it pays.
 bool winograd_pays(const Phase& phase);

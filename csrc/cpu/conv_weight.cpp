@@ -146,12 +146,10 @@ void grad_weight(Problem& problem) {
   const ConvShape& s = problem.p.shape;
   const int64_t panels = panel_count<T>(s.out_channels), threads = thread_count();
   const int64_t group_size = panels * kTileCols<T> * problem.depth, size = s.groups * group_size;
-  const bool empty = s.batch * s.out[0] * s.out[1] * s.out[2] == 0;
-  if (!empty)
-    problem.cut = choose_cut<T>(problem.axes, s.in_channels, s.batch * s.groups, kBlockPixels, kStageBytes, false);
+  problem.cut = choose_cut<T>(problem.axes, s.in_channels, s.batch * s.groups, kBlockPixels, kStageBytes, false);
   // Enough pieces for the threads: by panels where there are many, else by blocks, as far as memory for sums goes.
   problem.chunks = problem.shares = 1;
-  if (!empty && s.groups < threads) {
+  if (s.groups < threads) {
     if (panels >= 4 * threads) {
       problem.shares = threads;
     } else {
@@ -161,8 +159,8 @@ void grad_weight(Problem& problem) {
     }
   }
   T* sums = static_cast<T*>(scratch(kWeightSlot, problem.chunks * size * sizeof(T)));
-  const int64_t pieces = problem.chunks * s.groups * problem.shares, blocks = empty ? 0 : problem.blocks();
-  const int64_t work = (empty ? 0 : blocks * problem.cut.size[1] * problem.cut.size[2]) * group_size / pieces + 1;
+  const int64_t pieces = problem.chunks * s.groups * problem.shares, blocks = problem.blocks();
+  const int64_t work = blocks * problem.cut.size[1] * problem.cut.size[2] * group_size / pieces + 1;
   parallel(pieces, kGrain / work + 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t share = i % problem.shares, group = i / problem.shares % s.groups;
@@ -199,6 +197,7 @@ void conv_grad_weight(const ConvGradWeight& p) {
                   s.kernel[0] * s.kernel[1] * s.kernel[2] * s.in_channels,
                   1,
                   1};
+  if (product_grad_weight(p, problem.axes)) return;
   if (winograd_grad_weight(p, problem.axes) || planes_grad_weight(p, problem.axes)) return;
   with_storage(s.dtype, [&](auto kind) { grad_weight<Compute<decltype(kind)>, decltype(kind)>(problem); });
 }

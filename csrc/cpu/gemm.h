@@ -246,13 +246,19 @@ void multiply_packed(int64_t m, int64_t n, int64_t k, const T* a, const T* b, T*
   }
 }
 
-// c[m, n] (+)= a[m, k] b[k, n] on this thread; Views, or paired operands. Uses the scratch slots kScratchSlots - 1 and
-// - 2.
-template <class T, class A, class B>
-void gemm_serial(int64_t m, int64_t n, int64_t k, A a, B b, T* c, int64_t c_row, bool accumulate) {
+struct NothingMore {
+  void operator()(int64_t, int64_t, int64_t, int64_t) const {}
+};
+
+// c[m, n] (+)= a[m, k] b[k, n] on this thread; Views, or paired operands. done(row, rows, column, columns) is called
+// for every block of c whose sums are complete. Uses the scratch slots kScratchSlots - 1 and - 2.
+template <class T, class A, class B, class Done = NothingMore>
+void gemm_serial(int64_t m, int64_t n, int64_t k, A a, B b, T* c, int64_t c_row, bool accumulate,
+                 const Done& done = {}) {
   if (k == 0 && !accumulate) {
     for (int64_t i = 0; i < m; ++i) std::memset(c + i * c_row, 0, n * sizeof(T));
   }
+  if (k == 0) return done(0, m, 0, n);
   const int64_t depth = at_most(k, kBlockDepth);
   T* packed_a =
       static_cast<T*>(scratch(kScratchSlots - 1, packed_rows_size(at_most(m, kBlockRows), depth) * sizeof(T)));
@@ -268,14 +274,15 @@ void gemm_serial(int64_t m, int64_t n, int64_t k, A a, B b, T* c, int64_t c_row,
         pack_rows<T>(a.at(i, p), rows, deep, packed_a);
         multiply_packed<T, A::kPairs>(rows, cols, deep, packed_a, packed_b, c + i * c_row + j, c_row,
                                       accumulate || p > 0);
+        if (p + deep == k) done(i, rows, j, cols);
       }
     }
   }
 }
 
 // c[m, n] (+)= a[m, k] b[k, n] on torch's threads, split along the longer side of c. Deterministic: k is never split.
-template <class T, class A, class B>
-void gemm(int64_t m, int64_t n, int64_t k, A a, B b, T* c, int64_t c_row, bool accumulate) {
+template <class T, class A, class B, class Done = NothingMore>
+void gemm(int64_t m, int64_t n, int64_t k, A a, B b, T* c, int64_t c_row, bool accumulate, const Done& done = {}) {
   if (m == 0 || n == 0) return;
   constexpr int64_t least_work = int64_t{1} << 18;  // multiply-adds worth waking a thread for
   const bool by_rows = m >= n;
@@ -286,9 +293,11 @@ void gemm(int64_t m, int64_t n, int64_t k, A a, B b, T* c, int64_t c_row, bool a
   parallel(units, share > least ? share : least, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * unit, past = at_most(end * unit, by_rows ? m : n);
     if (by_rows) {
-      gemm_serial<T>(past - first, n, k, a.at(first, 0), b, c + first * c_row, c_row, accumulate);
+      gemm_serial<T>(past - first, n, k, a.at(first, 0), b, c + first * c_row, c_row, accumulate,
+                     [&](int64_t i, int64_t rows, int64_t j, int64_t cols) { done(first + i, rows, j, cols); });
     } else {
-      gemm_serial<T>(m, past - first, k, a, b.at(0, first), c + first, c_row, accumulate);
+      gemm_serial<T>(m, past - first, k, a, b.at(0, first), c + first, c_row, accumulate,
+                     [&](int64_t i, int64_t rows, int64_t j, int64_t cols) { done(i, rows, first + j, cols); });
     }
   });
 }

@@ -1,11 +1,13 @@
-"""Hugging Face transformers on our attention: `register()`, then `attn_implementation="fastnets"`."""
+"""Hugging Face transformers on our attention, `register()`, then `attn_implementation="fastnets"`, and on our linear
+layers: `convert(model)`."""
 
 import torch
 from torch import Tensor
 
+from ..convert import convert as _convert
 from ..functional import scaled_dot_product_attention
 
-__all__ = ["attention", "register"]
+__all__ = ["attention", "convert", "register"]
 
 
 def register(name: str = "fastnets") -> None:
@@ -24,6 +26,24 @@ def register(name: str = "fastnets") -> None:
 
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, sdpa_mask)
+
+
+def convert(model: torch.nn.Module) -> torch.nn.Module:
+    """fastnets.convert, which also makes transformers' Conv1D ours, the linear layer of GPT-2 with its weight [I, O].
+
+    Returns:
+        `model`, changed in place.
+
+    Raises:
+        ModuleNotFoundError: transformers is not installed.
+        TypeError: `model` is no torch.nn.Module.
+    """
+    from ._conv1d import THEIRS, Conv1D
+
+    for module in _convert(model).modules():
+        if type(module) is THEIRS and "forward" not in vars(module):
+            module.__class__ = Conv1D
+    return model
 
 
 def attention(

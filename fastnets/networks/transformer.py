@@ -34,7 +34,7 @@ class Transformer(nn.Module):
         self.source = _Positions(len(SPELLING) + 1, longest, width)
         self.target = _Positions(_PHONES, longest, width)
         self.transformer = layers.Transformer(width, heads, depth, depth, 4 * width, batch_first=True)
-        self.head = nn.Linear(width, _PHONES)
+        self.head = layers.Linear(width, _PHONES)
 
     def forward(self, letters: Tensor, phones: Tensor) -> Tensor:
         future = _future(phones.shape[1], phones.device)
@@ -55,7 +55,7 @@ class TransformerMasked(nn.Module):
         self.decoder = layers.TransformerDecoder(
             layers.TransformerDecoderLayer(width, heads, 4 * width, batch_first=True), depth
         )
-        self.head = nn.Linear(width, _PHONES)
+        self.head = layers.Linear(width, _PHONES)
 
     def forward(self, letters: Tensor, phones: Tensor) -> Tensor:
         unused = letters == PAD
@@ -80,9 +80,9 @@ class Attention(nn.Module):
         super().__init__()
         self.attend = layers.functional.scaled_dot_product_attention
         self.letters = _Positions(len(LETTERS) + 1, LONGEST_WORD, width)
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = layers.Linear(width, 3 * width)
         self.several = layers.MultiheadAttention(width, heads, batch_first=True)
-        self.head = nn.Linear(width, len(LANGUAGES))
+        self.head = layers.Linear(width, len(LANGUAGES))
 
     def forward(self, letters: Tensor) -> Tensor:
         x = self.letters(letters)

@@ -14,9 +14,9 @@ def cnn_rgb(layers) -> nn.Module:
         nn.ReLU(),
         nn.MaxPool2d(2),
         nn.Flatten(),
-        nn.Linear(64 * 8 * 8, 128),
+        layers.Linear(64 * 8 * 8, 128),
         nn.ReLU(),
-        nn.Linear(128, 10),
+        layers.Linear(128, 10),
     )
 
 
@@ -28,9 +28,9 @@ class CnnGray(nn.Module):
         self.conv1 = layers.Conv2d(1, 32, 3)
         self.conv2 = layers.Conv2d(32, 64, 3)
         self.dropout1 = nn.Dropout2d(0.25)
-        self.fc1 = nn.Linear(9216, 128)
+        self.fc1 = layers.Linear(9216, 128)
         self.dropout2 = nn.Dropout(0.5)
-        self.fc2 = nn.Linear(128, 10)
+        self.fc2 = layers.Linear(128, 10)
 
     def forward(self, images: Tensor) -> Tensor:
         x = F.relu(self.conv2(F.relu(self.conv1(images))))
@@ -51,17 +51,17 @@ def cnn_deep(layers) -> nn.Module:
         layers.Conv2d(64, 64, 3),
         nn.ReLU(),
         nn.Flatten(),
-        nn.Linear(576, 64),
+        layers.Linear(576, 64),
         nn.ReLU(),
-        nn.Linear(64, 10),
+        layers.Linear(64, 10),
     )
 
 
 def mlp(layers) -> nn.Module:
-    """[B, 1, 28, 28] -> scores [B, 10]. It has no layer of ours: its row shows what the rest of a network costs."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10))
+    """[B, 1, 28, 28] -> scores [B, 10]."""
+    return nn.Sequential(nn.Flatten(), layers.Linear(784, 128), nn.ReLU(), layers.Linear(128, 10))
 
 
 def perceptron(layers) -> nn.Module:
-    """[B, 10] -> a probability [B, 1], through five sigmoid units. It has no layer of ours."""
-    return nn.Sequential(nn.Linear(10, 5), nn.Sigmoid(), nn.Linear(5, 1), nn.Sigmoid())
+    """[B, 10] -> a probability [B, 1], through five sigmoid units."""
+    return nn.Sequential(layers.Linear(10, 5), nn.Sigmoid(), layers.Linear(5, 1), nn.Sigmoid())

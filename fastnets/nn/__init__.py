@@ -6,6 +6,7 @@
 from .. import functional as functional
 from .attention import MultiheadAttention
 from .conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
+from .linear import Linear
 from .recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from .softmax import Softmax
 from .transformer import (
@@ -28,6 +29,7 @@ __all__ = [
     "ConvTranspose3d",
     "GRUCell",
     "LSTMCell",
+    "Linear",
     "MultiheadAttention",
     "RNNCell",
     "Softmax",

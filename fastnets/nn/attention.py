@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..ops._checks import expect, expect_shape, expect_tensor
 from ..ops.attention import attention
+from ..ops.linear import linear
 
 __all__ = ["MultiheadAttention", "additive"]
 
@@ -78,7 +79,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         )
         out, weights = found if need_weights else (found, None)
         batched = query.dim() == 3
-        out = F.linear(self._join(out, batched), self.out_proj.weight, self.out_proj.bias)
+        out = linear(self._join(out, batched), self.out_proj.weight, self.out_proj.bias)
         if need_weights:
             weights = weights.mean(1) if average_attn_weights else weights
             weights = weights if batched else weights.squeeze(0)
@@ -128,15 +129,15 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if not self._qkv_same_embed_dim:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         elif query is key and key is value:
-            return F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
+            return linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
         elif key is value:
             weights = self.in_proj_weight.split([embed, 2 * embed])
             biases = (None, None) if self.in_proj_bias is None else self.in_proj_bias.split([embed, 2 * embed])
-            return (F.linear(query, weights[0], biases[0]), *F.linear(key, weights[1], biases[1]).chunk(2, -1))
+            return (linear(query, weights[0], biases[0]), *linear(key, weights[1], biases[1]).chunk(2, -1))
         else:
             weights = self.in_proj_weight.chunk(3)
         biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        return tuple(F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
+        return tuple(linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
 
     def _split(self, x: Tensor) -> Tensor:
         """A view [N, heads, L, D] of a projection in the layer's order."""

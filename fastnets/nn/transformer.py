@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..ops._checks import expect_tensor
 from .attention import MultiheadAttention, additive
+from .linear import Linear
 
 __all__ = [
     "Transformer",
@@ -157,6 +158,7 @@ class Transformer(torch.nn.Transformer):
 _OURS = {
     ours.__base__: ours
     for ours in (
+        Linear,
         MultiheadAttention,
         TransformerEncoderLayer,
         TransformerDecoderLayer,

@@ -13,6 +13,12 @@ def matmul_allows_tf32() -> bool:
 
 
 @torch.compiler.assume_constant_result
+def matmul_allows_bf16() -> bool:
+    """Whether a CPU's float32 products may be computed in bfloat16: torch.set_float32_matmul_precision("medium")."""
+    return torch._C._get_fp32_precision_getter("mkldnn", "matmul") == "bf16"
+
+
+@torch.compiler.assume_constant_result
 def convolutions_allow_tf32() -> bool:
     """Whether float32 convolutions may be computed in TF32: torch.backends.cudnn.conv.fp32_precision, or allow_tf32."""
     return torch._C._get_fp32_precision_getter("cuda", "conv") == "tf32"

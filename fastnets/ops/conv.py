@@ -15,7 +15,7 @@ from ._plan import Metadata, planned
 from ._precision import convolutions_allow_tf32
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
-_FROM_INPUT = ("gelu", "silu")  # their derivative needs the activation's input; the others' its output
+FROM_INPUT = ("gelu", "silu")  # their derivative needs the activation's input; the others' its output
 
 
 class _Conv(_autograd.Call):
@@ -114,7 +114,7 @@ def _plan(dims, x, weight, bias, residual, stride, padding, dilation, groups, ac
             f"weight: expected a kernel no larger than the padded input, got kernel {tuple(weight.shape[2:])} with "
             f"dilation {dilation} for input {tuple(x.shape[-dims:])} with padding {padding}"
         )
-    _expect_activation(activation)
+    expect_activation(activation)
     _expect_result(x, residual, (*x.shape[: -dims - 1], weight.shape[0], *size))
     large = _is_large(x, weight, size, x.shape[-dims:], stride, before, dilation)
     return _case(x, dims, groups, large, transposed=False), size, before
@@ -168,7 +168,7 @@ def _plan_transposed(dims, x, weight, bias, residual, stride, padding, past, gro
     )
     if any(n < 0 for n in size):
         raise ShapeError(f"padding: expected one that leaves an output, got {padding}, which leaves size {size}")
-    _expect_activation(activation)
+    expect_activation(activation)
     _expect_result(x, residual, (*x.shape[: -dims - 1], weight.shape[1] * groups, *size))
     large = _is_large(x, weight, x.shape[-dims:], size, stride, padding, dilation)
     return _case(x, dims, groups, large, transposed=True), size
@@ -195,7 +195,7 @@ def _run(implementation, dims, x, weight, bias, residual, transposed, *options) 
     channels_last = _is_channels_last(x) or _is_channels_last(weight)
     tf32 = x.dtype == torch.float32 and convolutions_allow_tf32()
     call = _Conv(implementation.operators, transposed, channels_last, tf32, *options)
-    call.keep = call.activation in _FROM_INPUT and torch.is_grad_enabled()
+    call.keep = call.activation in FROM_INPUT and torch.is_grad_enabled()
     residual = None if residual is None else _formatted(residual, channels_last)
     y = _autograd.run(call, _formatted(x, channels_last), weight, bias, residual)[0]
     return y.squeeze(0) if unbatched else y
@@ -348,7 +348,7 @@ def _expect_channels(given: int, taken: int, out: int, bias: Metadata | None, gr
         )
 
 
-def _expect_activation(activation: str | None) -> None:
+def expect_activation(activation: str | None) -> None:
     if activation not in ACTIVATIONS:
         names = ", ".join(repr(name) for name in ACTIVATIONS)
         raise ValueError(f"activation: expected one of {names}, got {activation!r}")

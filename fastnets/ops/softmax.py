@@ -65,6 +65,10 @@ if _library.missing is None:
     def _():
         return torch.ops.fastnets.cpu_capability()
 
+    @torch.library.register_fake("fastnets::cpu_is_amd")
+    def _():
+        return torch.ops.fastnets.cpu_is_amd()
+
     @torch.library.register_fake("fastnets::cpu_multiply_adds")
     def _(rounds):
         return torch.library.get_ctx().new_dynamic_size()

@@ -216,7 +216,7 @@ class Forward {
       // A row that has seen nothing: every weight is 2^-inf = 0.
       const T shift = largest[r] == kMinusInfinity<T> ? T(0) : largest[r];
       const bool dropped = !kPlain && p.dropout != 0;
-      if (dropped) scoring.keep(h, begin + g.from + r, j0, at.keep);
+      if (dropped) scoring.keep(h, begin + g.from + r, j0, n, at.keep);
       T* const sums = at.sums + (g.from + r) * kLanes<T>;
       Vec<T> sum = load(sums);
       if (replaced) sum *= g.shrink[r];
@@ -262,17 +262,20 @@ class Forward {
 };
 
 void short_forward(const AttentionForward& p, const Head& h, int64_t begin, int64_t end) {
-  Arena arena(0, Arena::bytes<float>(p.d * kKeys) + Arena::bytes<float>(kShortKeys * kShortQueries));
+  const int64_t tile = kShortKeys * kShortQueries;
+  Arena arena(0, Arena::bytes<float>(p.d * kKeys) + 2 * Arena::bytes<float>(tile));
   float* const across = arena.take<float>(p.d * kKeys);
-  float* const weights = arena.take<float>(kShortKeys * kShortQueries);
+  float *const weights = arena.take<float>(tile), *const factors = arena.take<float>(tile);
   const Rows<float> values = rows_at(p.v, h.at_k(p.v, 0));
   for (int64_t i0 = begin; i0 < end; i0 += kShortQueries) {
     const int64_t rows = smaller(kShortQueries, end - i0);
     load_transposed<float>(p.dtype, p.q.data, h.at_q(p.q, i0), p.q.row, rows, p.d, across);
     Vec<float> top, sum;
-    ShortBlock{p, h, i0, rows}.weigh(across, weights, top, sum);
+    const ShortBlock block{p, h, i0, rows};
+    block.weigh(across, weights, top, sum);
     store_partial<float>(static_cast<float*>(p.lse) + h.at_lse(p, i0), log_sum<float>(top, sum),
                          static_cast<int>(rows));
+    if (p.dropout != 0) block.draw(factors), block.drop(factors, weights);
     product<float, false>(rows, p.dv, h.lk, {weights, 1, kShortQueries}, values.data, values.row,
                           static_cast<float*>(p.out.data) + h.at_q(p.out, i0), p.out.row, false);
   }
@@ -296,7 +299,7 @@ void weights_rows(const AttentionWeights& p, const Head& h, int64_t begin, int64
         T* s = at.scores + (r - from) * kKeys;
         scoring.finish(h, begin + r, j0, n, s);
         const T shift = lse[r] == kMinusInfinity<T> ? T(0) : lse[r];
-        if (p.dropout != 0) scoring.keep(h, begin + r, j0, at.keep);
+        if (p.dropout != 0) scoring.keep(h, begin + r, j0, n, at.keep);
         for (int64_t c = 0; c < n; c += kLanes<T>) {
           const Vec<T> weight = exp2<T>(load(s + c) - shift);
           store(s + c, p.dropout != 0 ? weight * load(at.keep + c) : weight);

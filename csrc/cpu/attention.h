@@ -4,7 +4,7 @@
 // Scores are kept in units of log2: exp(s) = 2^(s log2 e), the factor being part of that of the products q k.
 #pragma once
 
-#include "simd.h"
+#include "attention_dropout.h"
 
 namespace fastnets::FASTNETS_ISA {
 
@@ -449,43 +449,21 @@ struct Scoring {
     }
   }
 
-  // What dropout multiplies the weights of query i and keys j0 ... j0 + 64 with; j0 is a multiple of 64. As
+  // What dropout multiplies the weights of query i and keys j0 ... j0 + n with, n <= 64; j0 is a multiple of 64. As
   // fastnets/reference/attention.py: the block of random numbers of lane l serves keys l, l + 16, l + 32 and l + 48.
-  void keep(const Head& h, int64_t i, int64_t j0, T* factors) const {
-    constexpr int lanes = 16, each = kVectorBytes / 8, vectors = lanes / each;
-    // Words of 32 bits in lanes of 64, which their products fill.
-    typedef uint64_t Words __attribute__((vector_size(kVectorBytes)));
-    typedef uint32_t Halves __attribute__((vector_size(kVectorBytes / 2)));
-    Words a[vectors], b[vectors], c[vectors], d[vectors];
-    for (int v = 0; v < vectors; ++v) {
-      for (int l = 0; l < each; ++l) a[v][l] = static_cast<uint32_t>(j0 / kKeys * lanes + v * each + l);
-      b[v] = Words{} + static_cast<uint32_t>(i);
-      c[v] = Words{} + static_cast<uint32_t>(h.head);
-      d[v] = Words{} + static_cast<uint32_t>(h.batch);
-    }
-    uint32_t key[2] = {static_cast<uint32_t>(p.seed[0]), static_cast<uint32_t>(p.seed[1])};
-    for (int round = 0; round < 10; ++round) {
-#pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v) {
-        const Words from_a = a[v] * 0xD2511F53u, from_c = c[v] * 0xCD9E8D57u;
-        a[v] = (from_c >> 32) ^ b[v] ^ key[0];
-        c[v] = (from_a >> 32) ^ d[v] ^ key[1];
-        b[v] = from_c & 0xFFFFFFFFu;
-        d[v] = from_a & 0xFFFFFFFFu;
+  void keep(const Head& h, int64_t i, int64_t j0, int64_t n, T* factors) const {
+    constexpr int lanes = 16;
+    const Dropout<T> dropout(p.dropout);
+    const uint32_t head = static_cast<uint32_t>(h.head), batch = static_cast<uint32_t>(h.batch);
+    const RandomWords query = RandomWords{} + static_cast<uint32_t>(i);
+    const RandomWords block = random_lanes() + static_cast<uint32_t>(j0 / kKeys * lanes);
+    for (int l = 0; l < lanes; l += kRandomLanes) {
+      if (l >= n) {  // no keys: their weights are zero, and must remain so
+        std::memset(factors + l, 0, kRandomLanes * sizeof(T));
+        continue;
       }
-      key[0] += 0x9E3779B9u;
-      key[1] += 0xBB67AE85u;
-    }
-    const uint32_t threshold = static_cast<uint32_t>(__builtin_rint(p.dropout * 0x1p24));
-    const T factor = p.dropout == 1.0 ? T(0) : T(1.0 / (1.0 - p.dropout));
-    const Words* words[4] = {a, b, c, d};
-    for (int w = 0; w < 4; ++w) {
-      uint32_t drawn[lanes];
-      for (int v = 0; v < vectors; ++v) {
-        const Halves halves = __builtin_convertvector(words[w][v], Halves);
-        std::memcpy(drawn + v * each, &halves, sizeof halves);
-      }
-      for (int l = 0; l < lanes; ++l) factors[w * lanes + l] = drawn[l] >> 8 >= threshold ? factor : T(0);
+      const RandomBlocks drawn(p.seed, block + static_cast<uint32_t>(l), query, head, batch);
+      for (int w = 0; w * lanes < n; ++w) dropout.factors(drawn.words[w], factors + w * lanes + l);
     }
   }
 

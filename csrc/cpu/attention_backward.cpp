@@ -163,7 +163,7 @@ struct Tile {
       T *s = weights + r * kKeys, *grad = grad_scores + r * kKeys;
       scoring.finish(h, i0 + r, j0, n, s, squashed + r * kKeys);
       if (p.grad_weights) add_grad_weights(((h.batch * p.heads + h.head) * p.lq + i0 + r) * p.lk + j0, n, grad);
-      if (p.dropout != 0) scoring.keep(h, i0 + r, j0, keep);
+      if (p.dropout != 0) scoring.keep(h, i0 + r, j0, n, keep);
       T less = subtract[r], inverse = 1;
       if (whole(h)) {
         const T top = reduce_max<T>(tops_of<T>(s, n)), relative = top == kMinusInfinity<T> ? T(0) : top;
@@ -243,10 +243,11 @@ struct Tile {
 // One head of k and v, whose group's heads are all short.
 void short_backward(const AttentionBackward& p, const Head& group, int64_t batch) {
   const int64_t tile = kShortKeys * kShortQueries;
-  Arena arena(0, Arena::bytes<float>(p.d * kKeys) + Arena::bytes<float>(p.dv * kKeys) + 2 * Arena::bytes<float>(tile));
+  Arena arena(0, Arena::bytes<float>(p.d * kKeys) + Arena::bytes<float>(p.dv * kKeys) + 3 * Arena::bytes<float>(tile));
   float* const across = arena.take<float>(p.d * kKeys);
   float* const grad_across = arena.take<float>(p.dv * kKeys);
   float *const weights = arena.take<float>(tile), *const grad_scores = arena.take<float>(tile);
+  float* const factors = p.dropout != 0 ? arena.take<float>(tile) : nullptr;
   const Rows<float> keys = rows_at(p.k, group.at_k(p.k, 0));
   float* const grad_k = static_cast<float*>(p.grad_k.data) + group.at_k(p.grad_k, 0);
   float* const grad_v = static_cast<float*>(p.grad_v.data) + group.at_k(p.grad_v, 0);
@@ -264,7 +265,9 @@ void short_backward(const AttentionBackward& p, const Head& group, int64_t batch
       if (p.grad_lse) {
         less = -load_partial(static_cast<const float*>(p.grad_lse) + h.at_lse(p, i0), static_cast<int>(rows));
       }
-      block.grad_scores(grad_across, weights, less, grad_scores);
+      if (factors) block.draw(factors);
+      block.grad_scores(grad_across, weights, less, factors, grad_scores);
+      if (factors) block.drop(factors, weights);
       product<float, false>(h.lk, p.dv, rows, {weights, kShortQueries, 1}, grad_out.data, grad_out.row, grad_v,
                             p.grad_v.row, accumulate);
       product<float, false>(h.lk, p.d, rows, {grad_scores, kShortQueries, 1}, q.data, q.row, grad_k, p.grad_k.row,

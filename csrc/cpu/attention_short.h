@@ -1,6 +1,6 @@
 // Attention to at most 16 keys: lanes are queries and a score's keys are registers, so that the softmax runs over
-// registers and no sum crosses lanes. float32 without mask, bias, cap or dropout; wide vectors alone have the
-// registers.
+// registers and no sum crosses lanes. float32 without ALiBi or cap, with masks of keys alone; wide vectors alone have
+// the registers.
 #pragma once
 
 #include "attention.h"
@@ -12,8 +12,8 @@ constexpr int kShortQueries = kLanes<float>;
 
 inline bool is_short(const Attention& p, const Head& h) {
   return h.lk > 0 && h.lk <= kShortKeys && h.lq > 0 && p.dtype == Dtype::kFloat32 && !few_queries(p) &&
-         p.d % kLanes<float> == 0 && p.dv % kLanes<float> == 0 && p.mask_kind == MaskKind::kNone && !p.slopes &&
-         p.softcap == 0 && p.dropout == 0;
+         p.d % kLanes<float> == 0 && p.dv % kLanes<float> == 0 && !p.slopes && p.softcap == 0 &&
+         (p.mask_kind == MaskKind::kNone || p.mask_strides[2] == 0);
 }
 
 inline Rows<float> rows_at(const AttentionArray& x, int64_t at) {
@@ -50,6 +50,12 @@ struct ShortBlock {
       products_across<n>(rows_at(p.k, h.at_k(p.k, 0)), across, p.d, scores);
 #pragma GCC unroll 16
       for (int j = 0; j < n; ++j) scores[j] *= unit;
+      if (p.mask_kind != MaskKind::kNone) {
+        float mask[n];
+        load_mask(n, mask);
+#pragma GCC unroll 16
+        for (int j = 0; j < n; ++j) scores[j] += mask[j];
+      }
       if (h.first(p, i0 + count - 1) > 0 || h.last(p, i0) < n) {
         Vec<float> first{}, last{};
         for (int64_t i = 0; i < count; ++i) {
@@ -75,13 +81,37 @@ struct ShortBlock {
     });
   }
 
+  // What dropout multiplies the weights with, as they lie.
+  void draw(float* factors) const {
+    const Dropout<float> dropout(p.dropout);
+    const uint32_t head = static_cast<uint32_t>(h.head), batch = static_cast<uint32_t>(h.batch);
+    for (int64_t l = 0; l < count; l += kRandomLanes) {
+      const RandomWords queries = random_lanes() + static_cast<uint32_t>(i0 + l);
+      for (int64_t j = 0; j < h.lk; ++j) {
+        const RandomWords key = RandomWords{} + static_cast<uint32_t>(j);
+        const RandomBlocks drawn(p.seed, key, queries, head, batch);
+        dropout.factors(drawn.words[0], factors + j * kShortQueries + l);
+      }
+    }
+  }
+  void drop(const float* factors, float* weights) const {
+    for (int64_t at = 0; at < h.lk * kShortQueries; at += kShortQueries) {
+      store(weights + at, load(weights + at) * load(factors + at));
+    }
+  }
+
   // p.scale times the gradients of the scores, as the weights lie; `across` has grad_out's columns, `less` is added to
-  // what the softmax subtracts.
-  void grad_scores(const float* across, const float* weights, Vec<float> less, float* grad_scores) const {
+  // what the softmax subtracts, `factors` are dropout's or null.
+  void grad_scores(const float* across, const float* weights, Vec<float> less, const float* factors,
+                   float* grad_scores) const {
     with_keys([&](auto keys) {
       constexpr int n = keys.value;
       Vec<float> grad[n];
       products_across<n>(rows_at(p.v, h.at_k(p.v, 0)), across, p.dv, grad);
+      if (factors) {
+#pragma GCC unroll 16
+        for (int j = 0; j < n; ++j) grad[j] *= load(factors + j * kShortQueries);
+      }
 #pragma GCC unroll 16
       for (int j = 0; j < n; ++j) less = fma<float>(load(weights + j * kShortQueries), grad[j], less);
       const Vec<float> scale = broadcast(static_cast<float>(p.scale));
@@ -93,6 +123,21 @@ struct ShortBlock {
   }
 
  private:
+  // What is added to the scores of every query.
+  void load_mask(int64_t n, float* to) const {
+    const int64_t *strides = p.mask_strides, at = h.batch * strides[0] + h.head * strides[1];
+    if (p.mask_kind == MaskKind::kBool) {
+      const uint8_t* mask = static_cast<const uint8_t*>(p.mask) + at;
+      for (int64_t j = 0; j < n; ++j) to[j] = mask[j * strides[3]] ? 0.0f : kMinusInfinity<float>;
+      return;
+    }
+    with_storage(p.mask_dtype, [&](auto kind) {
+      using S = decltype(kind);
+      const S* mask = static_cast<const S*>(p.mask) + at;
+      for (int64_t j = 0; j < n; ++j) to[j] = static_cast<float>(to_float(mask[j * strides[3]]) * kLog2E);
+    });
+  }
+
   template <class Body>
   FASTNETS_INLINE void with_keys(const Body& body) const {
     if constexpr (kShortKeys > 0) with_count<kShortKeys>(static_cast<int>(h.lk), body);

@@ -32,7 +32,8 @@ def _case(
     """A case of sizes (B, Hq, Hkv, Lq, Lk, D, Dv).
 
     Args:
-        mask: "boolean", "empty rows" (boolean, each row empty with probability 1/2), or the shape of an additive one.
+        mask: "boolean", "empty rows" (boolean, each row empty with probability 1/2), "keys" (boolean, the same for
+            every query), or the shape of an additive one.
         packed: q, k and v are views of [B, L, H, D], as MultiheadAttention has them.
         bottom_right: causal, with the last query facing the last key.
         slopes: ALiBi.
@@ -49,7 +50,7 @@ def _case(
         if isinstance(mask, tuple):
             drawn["mask"] = _draw(generator, mask)
         elif mask is not None:
-            drawn["mask"] = torch.rand(batch, 1, lq, lk, generator=generator) < _KEEP_TRUE
+            drawn["mask"] = torch.rand(batch, 1, 1 if mask == "keys" else lq, lk, generator=generator) < _KEEP_TRUE
             if mask == "empty rows":
                 drawn["mask"] &= torch.rand(batch, 1, lq, 1, generator=generator) < 0.5
         if slopes:
@@ -99,13 +100,13 @@ def _weights(name: str, sizes: tuple[int, ...], **options) -> Case:
     return _without_peer(case, function)
 
 
-def _dropout(name: str, sizes: tuple[int, ...], **options) -> Case:
+def _dropout(name: str, sizes: tuple[int, ...], mask: str | None = None, **options) -> Case:
     """Dropout from the same seed on every backend."""
-    case = _case(name, sizes)
+    case = _case(name, sizes, mask)
 
-    def function(q, k, v):
+    def function(q, k, v, mask=None):
         torch.manual_seed(0)
-        return attention(q, k, v, dropout=0.3, **options)
+        return attention(q, k, v, mask=mask, dropout=0.3, **options)
 
     return _without_peer(case, function)
 
@@ -164,6 +165,11 @@ CASES = [
     _ours("L9x16 D32, causal, bottom right", (2, 2, 2, 9, 16, 32, 32), bottom_right=True, return_lse=True),
     _ours("L40x13 window (2, 1), grouped", (2, 4, 2, 40, 13, 32, 16), window_size=(2, 1), return_lse=True),
     _case("L12 of [B, L, H, D], 4 heads on 1", (2, 4, 1, 12, 12, 16, 16), packed=True),
+    _case("L20x11 D16, bias [B, 1, 1, Lk]", (2, 4, 4, 20, 11, 16, 16), (2, 1, 1, 11)),
+    _case("L9x13 D16, mask of keys, grouped", (3, 4, 2, 9, 13, 16, 32), "keys"),
+    _ours("L20x2 D16, mask of keys, some none", (9, 2, 2, 20, 2, 16, 16), "keys", return_lse=True),
+    _dropout("L21x16 D16, dropout, grouped", (2, 4, 2, 21, 16, 16, 32)),
+    _dropout("L37x9 D32, dropout, mask of keys, causal", (2, 2, 2, 37, 9, 32, 16), "keys", right=0),
     # Masks and biases.
     _case("boolean mask", (2, 4, 4, 37, 65, 8, 12), "boolean"),
     _ours("boolean mask, empty rows", (2, 4, 4, 37, 65, 8, 12), "empty rows", return_lse=True),

@@ -227,7 +227,7 @@ Cut choose_cut(const Axis* axes, int64_t channels, int64_t outer, int64_t pixels
   };
   int64_t sizes[3] = {1, 1, at_most(axes[2].count, pixels)};
   auto& [d, h, w] = sizes;
-  while (w > 2 * kTileRows && !fits(1, 1, w)) w = (w + 1) / 2;
+  while (w > 2 * kTileRows && !fits(1, 1, w)) w -= kTileRows;
   if (w == axes[2].count) {
     while (h < axes[1].count && fits(1, h + 1, w)) ++h;
   }
@@ -237,6 +237,11 @@ Cut choose_cut(const Axis* axes, int64_t channels, int64_t outer, int64_t pixels
   const auto few = [&] { return outer * cut_into(axes, channels, sizes).count() < wanted_pieces(); };
   while (d > 1 && (d - 1) * h * w >= kTileRows && few()) --d;
   while (h > 1 && (h - 1) * w >= kTileRows && few()) --h;
+  // A line of results alone: as many pieces for every thread.
+  const auto uneven = [&] { return outer * cut_into(axes, channels, sizes).count() % thread_count() != 0; };
+  if (axes[0].count == 1 && axes[1].count == 1) {
+    while (w > 4 * kTileRows && uneven()) w -= kTileRows;
+  }
   return cut_into(axes, channels, sizes);
 }
 

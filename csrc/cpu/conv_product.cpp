@@ -7,8 +7,7 @@ namespace fastnets::FASTNETS_ISA {
 namespace {
 
 constexpr int64_t kLeastRows = 2 * kTileRows;  // of pixels, to be worth packing a weight
-constexpr int64_t kHeavyWeight = 1 << 17;      // elements, of which sums are seldom added up
-constexpr int64_t kFewPixels = 512;            // too few to share among threads
+constexpr int64_t kWeightElements = 8;         // a pixel: from so many on, its gradient's sums are better not added up
 constexpr int64_t kPlanarChannels = 64;        // so many products hide the turning of planes
 
 bool is_pointwise(const Axis (&axes)[3]) {
@@ -84,9 +83,10 @@ bool product_grad_weight(const ConvGradWeight& p, const Axis (&axes)[3]) {
   const ConvShape& s = p.shape;
   const int64_t *strides = s.weight_strides, plane = axes[0].count * axes[1].count * axes[2].count;
   if (!is_pointwise(axes) || !computes_as_stored(s.dtype) || (strides[0] != 1 && strides[1] != 1)) return false;
-  const bool heavy = s.in_channels * s.out_channels >= kHeavyWeight, last = s.channels_last;
+  const bool last = s.channels_last;
+  const bool heavy = s.in_channels * s.out_channels > kWeightElements * s.batch * plane;
   const int64_t fewer = at_most(s.in_channels, s.out_channels);
-  const bool pays = last ? heavy || s.batch * plane < kFewPixels : fewer >= kPlanarChannels && plane > kTileCols<float>;
+  const bool pays = last ? heavy : fewer >= kPlanarChannels && plane > kTileCols<float>;
   if (!pays) return false;
   // Channels last the images are one; else their products are added, one after the other.
   const int64_t images = last ? 1 : s.batch, pixels = last ? s.batch * plane : plane;

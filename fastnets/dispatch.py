@@ -162,7 +162,7 @@ _TRITON_FIRST: dict[int, tuple[str, ...]] = {9: ("attention", "conv"), 10: ("att
 # bfloat16 oneDNN (475 of 480 GFLOP/s a core). On AMD's processors MKL runs the code of AVX2, at 105 GFLOP/s of float32
 # a core of Zen 5, where ours with AVX-512 reaches 200 to 220 (`bench --op linear`); few rows are bound by memory, and
 # of few products a call of ours costs more than it saves.
-_LEAST_ROWS = 24
+_LEAST_ROWS = 4
 _LEAST_PRODUCTS = 1 << 22
 
 

@@ -141,6 +141,7 @@ def test_linear_layers_become_ours():
     assert type(layer) is not type(theirs)
     assert isinstance(layer, type(theirs))
     assert repr(layer) == repr(theirs)
+    assert type(model.transformer.h[0].mlp.act) is not type(stock.transformer.h[0].mlp.act)
     assert type(pickle.loads(pickle.dumps(layer))) is type(layer)
     ids, seen = torch.arange(16)[None], []
     with fastnets.backend("cpu"), fastnets.dispatch.recording(lambda case, *_: seen.append(case.family)):

@@ -29,7 +29,9 @@ def register(name: str = "fastnets") -> None:
 
 
 def convert(model: torch.nn.Module) -> torch.nn.Module:
-    """fastnets.convert, which also makes transformers' Conv1D ours, the linear layer of GPT-2 with its weight [I, O].
+    """fastnets.convert, and GPT-2's own layers besides.
+
+    Its linear layer Conv1D, whose weight is [I, O], becomes ours, and NewGELUActivation one call of torch's gelu.
 
     Returns:
         `model`, changed in place.
@@ -38,11 +40,11 @@ def convert(model: torch.nn.Module) -> torch.nn.Module:
         ModuleNotFoundError: transformers is not installed.
         TypeError: `model` is no torch.nn.Module.
     """
-    from ._conv1d import THEIRS, Conv1D
+    from ._layers import OURS
 
     for module in _convert(model).modules():
-        if type(module) is THEIRS and "forward" not in vars(module):
-            module.__class__ = Conv1D
+        if type(module) in OURS and "forward" not in vars(module):
+            module.__class__ = OURS[type(module)]
     return model
 
 

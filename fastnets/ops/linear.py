@@ -84,15 +84,17 @@ def linear(
 
 
 def _case(x: Tensor, weight: Tensor, residual: Tensor | None) -> dispatch.Case:
-    rows = x.shape[:-1].numel()
-    options = {
-        "special": not (_is_plain(x) and _is_plain(weight) and (residual is None or _is_plain(residual))),
-        "large": max(rows, weight.numel()) >= 1 << 29,
-        "bf16": x.dtype == torch.float32 and matmul_allows_bf16(),
-    }
-    sizes = {"rows": rows, "products": rows * weight.numel()}
-    used = frozenset(name for name, is_used in options.items() if is_used)
-    return dispatch.Case("linear", x.device.type, x.dtype, used, sizes)
+    elements = weight.numel()
+    rows = x.numel() // weight.shape[1]
+    options = []
+    if not (_is_plain(x) and _is_plain(weight) and (residual is None or _is_plain(residual))):
+        options.append("special")
+    if max(rows, elements) >= 1 << 29:
+        options.append("large")
+    if x.dtype == torch.float32 and matmul_allows_bf16():
+        options.append("bf16")
+    sizes = {"rows": rows, "products": rows * elements}
+    return dispatch.Case("linear", x.device.type, x.dtype, frozenset(options), sizes)
 
 
 def _is_plain(t: Tensor) -> bool:

@@ -8,7 +8,14 @@ namespace {
 
 constexpr int64_t kLeastRows = 2 * kTileRows;  // of pixels, to be worth packing a weight
 constexpr int64_t kWeightElements = 8;         // a pixel: from so many on, its gradient's sums are better not added up
+constexpr int64_t kLeastWork = 1 << 20;        // multiply-adds for each thread, of one image of planes
 constexpr int64_t kPlanarChannels = 64;        // so many products hide the turning of planes
+
+// Whether gemm has a share of an [m, n] product for every thread.
+bool feeds_threads(int64_t m, int64_t n) {
+  const int64_t threads = thread_count(), units = m >= n ? m / kTileRows : n / kTileCols<float>;
+  return threads == 1 || units >= 2 * threads;
+}
 
 bool is_pointwise(const Axis (&axes)[3]) {
   for (const Axis& axis : axes) {
@@ -54,7 +61,7 @@ bool product_pays(const Phase& phase) {
   const ConvShape& s = phase.p.shape;
   const int64_t bytes = phase.depth() * phase.channels * static_cast<int64_t>(sizeof(float));
   return s.channels_last && computes_as_stored(s.dtype) && is_pointwise(phase.axes) && bytes > kHeavyBytes &&
-         s.batch * phase.positions() >= kLeastRows;
+         s.batch * phase.positions() >= kLeastRows && feeds_threads(s.batch * phase.positions(), phase.channels);
 }
 
 void product_gather(const Phase& phase) {
@@ -84,12 +91,13 @@ bool product_grad_weight(const ConvGradWeight& p, const Axis (&axes)[3]) {
   const int64_t *strides = s.weight_strides, plane = axes[0].count * axes[1].count * axes[2].count;
   if (!is_pointwise(axes) || !computes_as_stored(s.dtype) || (strides[0] != 1 && strides[1] != 1)) return false;
   const bool last = s.channels_last;
-  const bool heavy = s.in_channels * s.out_channels > kWeightElements * s.batch * plane;
-  const int64_t fewer = at_most(s.in_channels, s.out_channels);
-  const bool pays = last ? heavy : fewer >= kPlanarChannels && plane > kTileCols<float>;
-  if (!pays) return false;
   // Channels last the images are one; else their products are added, one after the other.
   const int64_t images = last ? 1 : s.batch, pixels = last ? s.batch * plane : plane;
+  const int64_t elements = s.in_channels * s.out_channels, fewer = at_most(s.in_channels, s.out_channels);
+  const bool pays = last ? elements > kWeightElements * pixels
+                         : fewer >= kPlanarChannels && plane > kTileCols<float> &&
+                               (thread_count() == 1 || elements * plane >= thread_count() * kLeastWork);
+  if (!pays || !feeds_threads(s.out_channels, s.in_channels)) return false;
   with_computed(s.dtype, [&](auto kind) {
     using T = decltype(kind);
     const int64_t outs = s.groups * s.out_channels, ins = s.groups * s.in_channels;

@@ -170,10 +170,12 @@ def _faster_in_torch(case: Case) -> str | None:
     """Why the automatic choice leaves the case to plain PyTorch, or None."""
     if case.family != "linear":
         return None
-    if case.device != "cpu" or not _library.outruns_mkl:
-        return f"PyTorch's matrix product is as fast on this {case.device}"
+    if case.device != "cpu":
+        return f"PyTorch has the vendor's matrix product on {case.device}"
+    if not _library.outruns_mkl:
+        return "MKL knows this processor as well as our kernels do"
     if case.dtype not in (torch.float32, torch.float64) or "bf16" in case.options:
-        return "PyTorch's matrix product of this precision is as fast"
+        return "oneDNN's matrix product is at the processor's peak in this precision"
     if case.sizes.get("rows", _LEAST_ROWS) < _LEAST_ROWS:
         return f"fewer than {_LEAST_ROWS} rows are bound by memory"
     if case.sizes.get("products", _LEAST_PRODUCTS) < _LEAST_PRODUCTS:

@@ -97,3 +97,25 @@ def test_a_vector_of_weights():
     x, weight = torch.randn(3, 4), torch.randn(4)
     with fastnets.backend("cpu"):
         assert_close(linear(x, weight), F.linear(x, weight))
+
+
+@pytest.mark.usefixtures("_path")
+def test_a_scalar_is_no_weight():
+    with pytest.raises(ValueError, match=r"^weight: expected 2 dimensions, got 0"):
+        linear(torch.ones(3, 4), torch.tensor(1.0))
+
+
+def test_graphs_for_any_number_of_rows(monkeypatch):
+    """The choice by sizes must not settle the number of rows."""
+    monkeypatch.setattr(_library, "outruns_mkl", True)
+    layer = fastnets.nn.Linear(256, 256)
+    few, many = torch.randn(3, 256), torch.randn(80, 256)
+    rows = torch.export.Dim("rows", min=2, max=4096)
+    exported = torch.export.export(layer, (many,), dynamic_shapes={"input": {0: rows}}).module()
+    compiled = torch.compile(layer, dynamic=True, fullgraph=True, backend="eager")
+    for x in (many, few):
+        assert_close(exported(x), layer(x))
+        assert_close(compiled(x), layer(x))
+    fixed = torch.export.export(layer, (many,))
+    assert any(node.target == torch.ops.fastnets.conv_forward.default for node in fixed.graph.nodes)
+    assert_close(fixed.module()(many), layer(many))

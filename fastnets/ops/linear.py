@@ -65,12 +65,12 @@ def linear(
     """activation(x weight^T + bias + residual); see fastnets.functional.linear."""
     expect_tensor(x, "input")
     expect_tensor(weight, "weight")
-    if activation is None and residual is None and dispatch.is_small_linear(x.numel() * weight.shape[0]):
-        try:
+    try:
+        if activation is None and residual is None and dispatch.is_small_linear(_elements(x) * weight.size(0)):
             return F.linear(x, weight, bias)
-        except (RuntimeError, TypeError):
-            _expect(x, weight, bias, residual, activation)  # what is wrong, in our words
-            raise
+    except (IndexError, RuntimeError, TypeError):
+        _expect(x, weight, bias, residual, activation)  # what is wrong, in our words
+        raise
     _expect(x, weight, bias, residual, activation)
     if weight.numel() == 0 or weight.dim() == 1:  # of which convolution has none
         return reference(x, weight, bias, residual, activation)
@@ -83,9 +83,19 @@ def linear(
     return _autograd.run(_Linear(implementation.operators, tf32, activation, keep), x, weight, bias, residual)[0]
 
 
+def _elements(x: Tensor) -> int:
+    """How many x has; 0 in a graph for any number, which a choice by them would settle: its product is PyTorch's."""
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import has_static_value  # slow to import, where nobody compiles
+
+        if not has_static_value(x.numel()):
+            return 0
+    return x.numel()
+
+
 def _case(x: Tensor, weight: Tensor, residual: Tensor | None) -> dispatch.Case:
     elements = weight.numel()
-    rows = x.numel() // weight.shape[1]
+    rows = _elements(x) // weight.shape[1]
     options = []
     if not (_is_plain(x) and _is_plain(weight) and (residual is None or _is_plain(residual))):
         options.append("special")

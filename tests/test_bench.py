@@ -2,6 +2,8 @@
 
 import io
 import math
+import platform
+import resource
 import time
 
 import pytest
@@ -57,6 +59,25 @@ def test_peak_memory_is_that_of_the_call():
     with measure.freed_memory_kept():
         assert used(1) == pytest.approx(size, rel=0.02)
         assert used(2) == pytest.approx(2 * size, rel=0.02)
+
+
+def test_samples_meet_warm_memory():
+    """Results of 32 MB at several places, after the row before gave every free page back."""
+    if platform.libc_ver()[0] != "glibc" or tuple(map(int, platform.release().split(".")[:2])) < (5, 14):
+        pytest.skip("needs glibc and Linux 5.14, which maps pages on request")
+    faults = []
+
+    def call():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        results = [torch.ones(8 << 20) for _ in range(len(faults) % 4 + 1)]
+        faults.append((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / len(results))
+
+    with measure.freed_memory_kept():
+        measure.peak_memory(call)
+        faults.clear()
+        measure.compare({"a": call}, 0.1)
+    assert len(faults) > 4
+    assert max(faults[1:]) < 100  # of 8,192 pages; the first call comes before the heap is warmed
 
 
 def test_share_of_what_the_machine_can_do():

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .. import functional
+from ..ops.linear import linear
 
 __all__ = ["Linear"]
 
@@ -12,4 +12,4 @@ class Linear(torch.nn.Linear):
     """torch.nn.Linear, drop-in: the same constructor, parameters, initial values, state_dict and repr."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return functional.linear(input, self.weight, self.bias)
+        return linear(input, self.weight, self.bias)

@@ -63,12 +63,10 @@ def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None, residual: Tensor | None = None
 ) -> Tensor:
     """activation(x weight^T + bias + residual); see fastnets.functional.linear."""
-    expect_tensor(x, "input")
-    expect_tensor(weight, "weight")
     try:
         if activation is None and residual is None and dispatch.is_small_linear(_elements(x) * weight.size(0)):
             return F.linear(x, weight, bias)
-    except (IndexError, RuntimeError, TypeError):
+    except (AttributeError, IndexError, RuntimeError, TypeError):
         _expect(x, weight, bias, residual, activation)  # what is wrong, in our words
         raise
     _expect(x, weight, bias, residual, activation)
@@ -114,6 +112,8 @@ def _is_plain(t: Tensor) -> bool:
 
 def _expect(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str | None) -> None:
     # In parentheses the words of PyTorch's own complaint, for those who look for them.
+    expect_tensor(x, "input")
+    expect_tensor(weight, "weight")
     if weight.dim() not in (1, 2):
         raise ShapeError(f"weight: expected 2 dimensions, got {weight.dim()}")
     if x.dim() == 0 or x.shape[-1] != weight.shape[-1]:

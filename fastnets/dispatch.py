@@ -160,9 +160,11 @@ _TRITON_FIRST: dict[int, tuple[str, ...]] = {9: ("attention", "conv"), 10: ("att
 
 # Where plain PyTorch is the faster one. A linear layer is a matrix product: GPUs have cuBLAS, Intel's processors MKL,
 # bfloat16 oneDNN (475 of 480 GFLOP/s a core). On AMD's processors MKL runs the code of AVX2, at 105 GFLOP/s of float32
-# a core of Zen 5, where ours with AVX-512 reaches 200 to 220 (`bench --op linear`); few rows are bound by memory, and
-# of few products a call of ours costs more than it saves.
-_LEAST_ROWS = 4
+# a core of Zen 5, where ours with AVX-512 reaches 200 to 220 (`bench --op linear`). Few rows are bound by memory, which
+# ours reads twice to pack a weight, where MKL is slow at gradients alone; and of few products a call of ours costs more
+# than it saves.
+_LEAST_ROWS = 24
+_LEAST_ROWS_WITH_GRADIENTS = 4
 _LEAST_PRODUCTS = 1 << 22
 
 
@@ -176,8 +178,9 @@ def _faster_in_torch(case: Case) -> str | None:
         return "MKL knows this processor as well as our kernels do"
     if case.dtype not in (torch.float32, torch.float64) or "bf16" in case.options:
         return "oneDNN's matrix product is at the processor's peak in this precision"
-    if case.sizes.get("rows", _LEAST_ROWS) < _LEAST_ROWS:
-        return f"fewer than {_LEAST_ROWS} rows are bound by memory"
+    least = _LEAST_ROWS_WITH_GRADIENTS if "gradients" in case.options else _LEAST_ROWS
+    if case.sizes.get("rows", least) < least:
+        return f"fewer than {least} rows are bound by memory"
     if case.sizes.get("products", _LEAST_PRODUCTS) < _LEAST_PRODUCTS:
         return f"fewer than {_LEAST_PRODUCTS} products are done before a call of ours has begun"
     return None

@@ -66,7 +66,9 @@ def test_tensors_of_other_kinds_stay_with_torch(monkeypatch):
     assert _chosen(x, torch.nn.Parameter(weight)) == ["cpu"]
     assert _chosen(x.as_subclass(Own), weight) == ["reference"]
     assert _chosen(x, weight.as_subclass(Own)) == ["reference"]
-    assert _chosen(x[:3], torch.randn(1 << 14, 128)) == ["reference"]
+    wide = torch.randn(1 << 14, 128)
+    assert _chosen(x[:8], wide) == _chosen(x[:3], torch.nn.Parameter(wide)) == ["reference"]
+    assert _chosen(x[:8], torch.nn.Parameter(wide)) == ["cpu"]
     torch.set_float32_matmul_precision("medium")
     try:
         assert _chosen(x, weight) == ["reference"]

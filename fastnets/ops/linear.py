@@ -101,6 +101,8 @@ def _case(x: Tensor, weight: Tensor, residual: Tensor | None) -> dispatch.Case:
         options.append("large")
     if x.dtype == torch.float32 and matmul_allows_bf16():
         options.append("bf16")
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        options.append("gradients")
     sizes = {"rows": rows, "products": rows * elements}
     return dispatch.Case("linear", x.device.type, x.dtype, frozenset(options), sizes)
 

@@ -102,11 +102,6 @@ simt_missing: str | None = _load_simt()
 """Why the SIMT device is not there, or None when it is."""
 
 
-def _outruns_mkl() -> bool:
-    """Whether torch's matrix product runs older code here than ours: MKL's for AMD's processors knows no AVX-512."""
-    return missing is None and torch.ops.fastnets.cpu_is_amd() and cpu_capability().startswith("avx512")
-
-
 CPU_CAPABILITIES = ("generic", "avx2", "avx512", "avx512_bf16")
 
 
@@ -115,4 +110,5 @@ def cpu_capability() -> str | None:
     return None if missing is not None else CPU_CAPABILITIES[torch.ops.fastnets.cpu_capability()]
 
 
-outruns_mkl: bool = _outruns_mkl()
+outruns_mkl: bool = missing is None and torch.ops.fastnets.cpu_is_amd() and cpu_capability().startswith("avx512")
+"""Whether torch's matrix product runs older code here than ours: MKL's for AMD's processors knows no AVX-512."""

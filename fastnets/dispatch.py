@@ -186,10 +186,11 @@ def _faster_in_torch(case: Case) -> str | None:
     return None
 
 
-def is_small_linear(products: int) -> bool:
-    """Whether a linear layer of so few products runs on plain PyTorch whatever else is said of it, and nobody watches:
-    then no case need be made, which would cost such a layer a tenth of its time."""
-    return products < _LEAST_PRODUCTS and _thread.forced is None and _default is None and not _thread.recorders
+def leaves_linear_to_torch(x: torch.Tensor, products: int) -> bool:
+    """Whether a linear layer of `x` runs on plain PyTorch whatever else is said of it, and nobody watches: then no case
+    need be made, which would cost a small layer, or a GPU's, a tenth of its time."""
+    never = products < _LEAST_PRODUCTS or not _library.outruns_mkl or x.is_cuda
+    return never and _thread.forced is None and _default is None and not _thread.recorders
 
 
 def _order(case: Case) -> tuple[str, ...]:

@@ -121,3 +121,14 @@ def test_graphs_for_any_number_of_rows(monkeypatch):
     fixed = torch.export.export(layer, (many,))
     assert any(node.target == torch.ops.fastnets.conv_forward.default for node in fixed.graph.nodes)
     assert_close(fixed.module()(many), layer(many))
+
+
+def test_no_case_is_made_where_torch_multiplies(monkeypatch):
+    x, weight = torch.randn(300, 128), torch.randn(256, 128)
+    monkeypatch.setattr(dispatch, "select", None)
+    monkeypatch.setattr(_library, "outruns_mkl", False)
+    assert_close(linear(x, weight), F.linear(x, weight))
+    monkeypatch.setattr(_library, "outruns_mkl", True)
+    assert_close(linear(x[:2], weight), F.linear(x[:2], weight))
+    with pytest.raises(TypeError, match="not callable"):
+        linear(x, weight)

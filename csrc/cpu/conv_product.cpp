@@ -100,15 +100,13 @@ bool product_grad_weight(const ConvGradWeight& p, const Axis (&axes)[3]) {
   if (!pays || !feeds_threads(s.out_channels, s.in_channels)) return false;
   with_computed(s.dtype, [&](auto kind) {
     using T = decltype(kind);
-    const int64_t outs = s.groups * s.out_channels, ins = s.groups * s.in_channels;
+    const int64_t outs = s.groups * s.out_channels, ins = s.groups * s.in_channels, apart = last ? 1 : pixels;
     for (int64_t g = 0; g < s.groups; ++g) {
       T* to = static_cast<T*>(p.grad_weight) + g * s.out_channels * strides[0];
       for (int64_t image = 0; image < images; ++image) {
-        const T* grad_at =
-            static_cast<const T*>(p.grad) + image * outs * pixels + g * s.out_channels * (last ? 1 : pixels);
-        const T* x_at = static_cast<const T*>(p.x) + image * ins * pixels + g * s.in_channels * (last ? 1 : pixels);
-        // [channel][pixel]
-        const View<T> grad{grad_at, last ? 1 : pixels, last ? outs : 1}, x{x_at, last ? 1 : pixels, last ? ins : 1};
+        const T* grad_at = static_cast<const T*>(p.grad) + image * outs * pixels + g * s.out_channels * apart;
+        const T* x_at = static_cast<const T*>(p.x) + image * ins * pixels + g * s.in_channels * apart;
+        const View<T> grad{grad_at, apart, last ? outs : 1}, x{x_at, apart, last ? ins : 1};  // [channel][pixel]
         const auto turned = [](View<T> of) { return View<T>{of.data, of.col, of.row}; };
         if (strides[1] == 1) {
           gemm<T>(s.out_channels, s.in_channels, pixels, grad, turned(x), to, strides[0], image > 0);

@@ -4,7 +4,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import activations, pytorch_utils
 
-from ..dispatch import is_small_linear
+from ..dispatch import leaves_linear_to_torch
 from ..functional import linear
 
 
@@ -12,7 +12,7 @@ class Conv1D(pytorch_utils.Conv1D):
     """transformers' Conv1D, drop-in: a linear layer with weight [I, O]."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if is_small_linear(x.numel() * self.nf):
+        if leaves_linear_to_torch(x, x.numel() * self.nf):
             return super().forward(x)
         return linear(x, self.weight.t(), self.bias)
 

@@ -64,7 +64,11 @@ def linear(
 ) -> Tensor:
     """activation(x weight^T + bias + residual); see fastnets.functional.linear."""
     try:
-        if activation is None and residual is None and dispatch.is_small_linear(_elements(x) * weight.size(0)):
+        if (
+            activation is None
+            and residual is None
+            and dispatch.leaves_linear_to_torch(x, _elements(x) * weight.size(0))
+        ):
             return F.linear(x, weight, bias)
     except (AttributeError, IndexError, RuntimeError, TypeError):
         _expect(x, weight, bias, residual, activation)  # what is wrong, in our words

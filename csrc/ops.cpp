@@ -61,6 +61,9 @@ STABLE_TORCH_LIBRARY(FASTNETS_LIBRARY, m) {
   // 0).
   m.def("softmax_forward(Tensor x, Tensor? mask, int dim, float scale) -> Tensor");
   m.def("softmax_backward(Tensor grad, Tensor y, int dim, float scale) -> Tensor");
+  // Dropout of x with probability p, plus residual, of x's shape; seed [2]: see fastnets/reference/dropout.py. Its own
+  // gradient in x, with the same seed. On the CPU alone.
+  m.def("dropout(Tensor x, Tensor? residual, Tensor seed, float p) -> Tensor");
   // Attention, see fastnets/reference/attention.py. q [B, Hq, Lq, D], k [B, Hkv, Lk, D], v [B, Hkv, Lk, Dv] with
   // contiguous rows; mask of 4 dimensions, each of full size or 1; slopes [B, Hq]; seed [2]; starts [N + 1]; tf32:
   // float32 products may be computed in TF32.

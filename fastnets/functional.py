@@ -9,6 +9,7 @@ from .ops import attention as _attention
 from .ops._checks import expect_tensor
 from .ops.conv import conv as _conv
 from .ops.conv import conv_transpose as _conv_transpose
+from .ops.dropout import dropout as _dropout
 from .ops.linear import linear as _linear
 from .ops.softmax import softmax as _softmax
 
@@ -19,6 +20,7 @@ __all__ = [
     "conv_transpose1d",
     "conv_transpose2d",
     "conv_transpose3d",
+    "dropout",
     "linear",
     "scaled_dot_product_attention",
     "softmax",
@@ -87,6 +89,42 @@ def linear(
         TypeError, ValueError (where torch raises RuntimeError, that too): naming the argument.
     """
     return _linear(input, weight, bias, activation, residual)
+
+
+def dropout(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """input times (0 with probability p, else 1 / (1 - p)), plus residual, in one pass over memory.
+
+    torch.nn.functional.dropout (Srivastava et al., JMLR 2014) with the sum of a residual connection. Our CPU kernel
+    draws the random numbers in vectors by Philox (Salmon et al., SC 2011), from a seed that torch's generator gives:
+    torch.manual_seed makes them reproducible, on any number of threads and any processor, but they are not those that
+    PyTorch draws from the same seed. Backward draws them again, so neither input nor a mask is kept.
+
+    PyTorch's dropout runs on other devices and of few elements (`fastnets.explain` says where), with inplace=True, and
+    under a forced backend that has no dropout: those of GPUs.
+
+    As in PyTorch every element is multiplied: an infinite or NaN one that is dropped gives NaN. p = 0 gives input
+    itself where there is no residual.
+
+    Args:
+        input: of any shape and strides; float32, float64, bfloat16 or float16 (others as PyTorch takes them).
+        p: the probability of a zero, in [0, 1].
+        training: False for input + residual.
+        inplace: input becomes its dropout; the sum with residual is another tensor.
+        residual: of input's shape and dtype; under torch.autocast of any dtype, as a sum takes it.
+
+    Returns:
+        A tensor of input's shape and dtype.
+
+    Raises:
+        TypeError, ValueError (where torch raises RuntimeError, that too): naming the argument.
+    """
+    return _dropout(input, p, training, inplace, residual)
 
 
 def conv1d(

@@ -37,9 +37,21 @@ def _decoder_stacks(info, device, dtype, requires_grad, training) -> list[Module
     return stacks
 
 
+def _certain_dropouts(info, device, dtype, requires_grad, training) -> list[ModuleInput]:
+    """For Dropout, which PyTorch has no samples of: all or nothing, whatever the random numbers."""
+    x = torch.randn(3, 70, 40, device=device, dtype=dtype, requires_grad=requires_grad)
+    return [ModuleInput(FunctionInput(p), FunctionInput(x), f"p={p:g}") for p in (0.0, 1.0)]
+
+
+_WITHOUT_SAMPLES = {
+    torch.nn.TransformerDecoder: ModuleInfo(torch.nn.TransformerDecoder, module_inputs_func=_decoder_stacks),
+    torch.nn.Dropout: ModuleInfo(torch.nn.Dropout, module_inputs_func=_certain_dropouts, train_and_eval_differ=True),
+}
+
+
 def info(name: str) -> ModuleInfo:
     """torch's description of the layer with our class in its place."""
-    found = copy.copy(_INFO.get(theirs(name)) or ModuleInfo(theirs(name), module_inputs_func=_decoder_stacks))
+    found = copy.copy(_INFO.get(theirs(name)) or _WITHOUT_SAMPLES[theirs(name)])
     found.module_cls = ours(name)
     return found
 

@@ -247,8 +247,11 @@ def test_explain_a_call():
         ("0", "linear", 1),
         ("1.self_attn", "linear", 2),
         ("1.self_attn", "attention", 1),
+        ("1.dropout1", "dropout", 1),
         ("1.linear1", "linear", 1),
+        ("1.dropout", "dropout", 1),
         ("1.linear2", "linear", 1),
+        ("1.dropout2", "dropout", 1),
     ]
     assert {row.dtype for row in found.operators} == {torch.float32}
     assert (("1.norm1", "1.norm2"), "LayerNorm") in [(row.layers, row.kind) for row in found.others]
@@ -290,7 +293,10 @@ def test_explain_reads_a_model():
         ("2.0", "linear"),
         ("2.1.self_attn", "attention"),
         ("2.1.linear1", "linear"),
+        ("2.1.dropout", "dropout"),
         ("2.1.linear2", "linear"),
+        ("2.1.dropout1", "dropout"),
+        ("2.1.dropout2", "dropout"),
         ("3", "softmax"),
     ]
     assert {row.dtype for row in found.operators} == {torch.float64}

@@ -1,5 +1,5 @@
-// The random numbers of attention's dropout: Philox 4x32-10 (Salmon et al., SC 2011) as fastnets/reference/attention.py
-// counts it, a vector of blocks at a time.
+// Dropout's random numbers: Philox 4x32-10 (Salmon et al., SC 2011) as fastnets/reference/attention.py and dropout.py
+// count it, a vector of blocks at a time.
 #pragma once
 
 #include "simd.h"

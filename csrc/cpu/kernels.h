@@ -35,6 +35,17 @@ struct SoftmaxBackward {
   double scale;
 };
 
+// y = x * (0 with this probability, else 1 / (1 - probability)) + residual, see fastnets/reference/dropout.py.
+struct ElementDropout {
+  Dtype dtype;
+  const void* x;         // [count]
+  const void* residual;  // [count], or null
+  void* y;               // [count]
+  int64_t count;
+  const int64_t* seed;  // [2] words of 32 bits: the key of the random numbers
+  double probability;
+};
+
 // The activations of an epilogue, in the order of fastnets.reference.conv.ACTIVATIONS.
 enum class Activation : int { kNone, kRelu, kGelu, kSilu, kSigmoid, kTanh };
 
@@ -191,6 +202,7 @@ struct AttentionBackward : Attention {
   X(recurrent_backward, RecurrentBackward) \
   X(softmax_forward, SoftmaxForward)       \
   X(softmax_backward, SoftmaxBackward)     \
+  X(dropout, ElementDropout)               \
   X(attention_forward, AttentionForward)   \
   X(attention_weights, AttentionWeights)   \
   X(attention_backward, AttentionBackward)

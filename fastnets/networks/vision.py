@@ -29,7 +29,7 @@ class CnnGray(nn.Module):
         self.conv2 = layers.Conv2d(32, 64, 3)
         self.dropout1 = nn.Dropout2d(0.25)
         self.fc1 = layers.Linear(9216, 128)
-        self.dropout2 = nn.Dropout(0.5)
+        self.dropout2 = layers.Dropout(0.5)
         self.fc2 = layers.Linear(128, 10)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -6,6 +6,7 @@
 from .. import functional as functional
 from .attention import MultiheadAttention
 from .conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
+from .dropout import Dropout
 from .linear import Linear
 from .recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from .softmax import Softmax
@@ -27,6 +28,7 @@ __all__ = [
     "ConvTranspose1d",
     "ConvTranspose2d",
     "ConvTranspose3d",
+    "Dropout",
     "GRUCell",
     "LSTMCell",
     "Linear",

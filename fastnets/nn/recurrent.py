@@ -9,9 +9,9 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 
+from ..functional import dropout
 from ..ops._checks import expect
 from ..ops.recurrent import Direction, recurrent, recurrent_both, recurrent_step
 from ..reference.recurrent import PLAIN, Variant
@@ -297,7 +297,7 @@ def _layers(
         last += [(h,) if c is None else (h, c) for _, h, c in results]
         x = outputs[0] if directions == 1 else torch.cat(outputs, 2)
         if module.training and module.dropout > 0 and layer + 1 < module.num_layers:
-            # On the packed rows alone, so that the random numbers are those that torch.nn draws.
+            # On the packed rows alone, as torch.nn: of few elements the random numbers are those that it draws.
             x = dropout(x, module.dropout) if packing is None else packing.pad(dropout(packing.pack(x), module.dropout))
     if len(last) == 1:
         return x, tuple(state.unsqueeze(0) for state in last[0])

@@ -21,6 +21,10 @@ class Call:
     saves_outputs: bool = True
     """Whether backward wants the visible outputs back; where it does not, they need not stay in memory for it."""
 
+    def saved(self, inputs: Tensors) -> Tensors:
+        """The inputs that backward wants, None in place of the others, which need not stay in memory for it."""
+        return inputs
+
     def forward(self, *inputs: Tensor | None) -> Tensors:
         """Runs the operator: the visible outputs, then what backward needs besides."""
         raise NotImplementedError
@@ -58,7 +62,7 @@ def _keep(ctx, call: Call, inputs: Tensors, outputs: Tensors) -> None:
     ctx.set_materialize_grads(False)
     hidden = outputs[call.visible :]
     ctx.mark_non_differentiable(*(t for t in hidden if t is not None))
-    ctx.save_for_backward(*inputs, *(outputs if call.saves_outputs else hidden))
+    ctx.save_for_backward(*call.saved(inputs), *(outputs if call.saves_outputs else hidden))
 
 
 class _Operator(torch.autograd.Function):
@@ -77,7 +81,7 @@ class _Operator(torch.autograd.Function):
         if all(g is None for g in grads):
             return (None,) * (1 + len(inputs))
         # Gradients of the gradients are wanted: only then is grad mode on here. (A graph being compiled has none.)
-        differentiable = (torch.is_grad_enabled() or _transforming()) and not torch.compiler.is_compiling()
+        differentiable = (torch.is_grad_enabled() or transforming()) and not torch.compiler.is_compiling()
         run = ctx.call.differentiable_backward if differentiable else ctx.call.backward
         return (None, *run(inputs, outputs, grads, needs))
 
@@ -101,7 +105,7 @@ class _Transformable(_Operator):
         return outputs, (0,) * len(outputs)
 
 
-def _transforming() -> bool:
+def transforming() -> bool:
     """True inside torch.func's transforms, whose tensors the kernels must not see."""
     return torch._C._are_functorch_transforms_active()
 
@@ -119,7 +123,7 @@ def run(call: Call, *inputs: Tensor | None) -> Tensors:
     if torch.compiler.is_compiling():
         if wanted:
             return _Transformable.apply(call, *_distinct(inputs))[: call.visible]
-    elif _transforming():
+    elif transforming():
         return _Transformable.apply(call, *inputs)[: call.visible]
     elif wanted:
         return _Operator.apply(call, *inputs)[: call.visible]

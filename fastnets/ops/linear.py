@@ -2,13 +2,13 @@
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from torch.nn import functional as F
 
 from .. import dispatch
 from ..reference.linear import linear as reference
 from . import _autocast, _autograd
 from ._checks import DtypeError, ShapeError, expect_tensor
+from ._choice import elements, is_plain
 from ._precision import matmul_allows_bf16, matmul_allows_tf32
 from .conv import ACTIVATIONS, FROM_INPUT, expect_activation
 
@@ -64,11 +64,7 @@ def linear(
 ) -> Tensor:
     """activation(x weight^T + bias + residual); see fastnets.functional.linear."""
     try:
-        if (
-            activation is None
-            and residual is None
-            and dispatch.leaves_linear_to_torch(x, _elements(x) * weight.size(0))
-        ):
+        if activation is None and residual is None and dispatch.leaves_linear_to_torch(x, elements(x) * weight.size(0)):
             return F.linear(x, weight, bias)
     except (AttributeError, IndexError, RuntimeError, TypeError):
         _expect(x, weight, bias, residual, activation)  # what is wrong, in our words
@@ -85,35 +81,20 @@ def linear(
     return _autograd.run(_Linear(implementation.operators, tf32, activation, keep), x, weight, bias, residual)[0]
 
 
-def _elements(x: Tensor) -> int:
-    """How many x has; 0 in a graph for any number, which a choice by them would settle: its product is PyTorch's."""
-    if torch.compiler.is_compiling():
-        from torch.fx.experimental.symbolic_shapes import has_static_value  # slow to import, where nobody compiles
-
-        if not has_static_value(x.numel()):
-            return 0
-    return x.numel()
-
-
 def _case(x: Tensor, weight: Tensor, residual: Tensor | None) -> dispatch.Case:
-    elements = weight.numel()
-    rows = _elements(x) // weight.shape[1]
+    products = weight.numel()  # of a row
+    rows = elements(x) // weight.shape[1]
     options = []
-    if not (_is_plain(x) and _is_plain(weight) and (residual is None or _is_plain(residual))):
+    if not (is_plain(x) and is_plain(weight) and (residual is None or is_plain(residual))):
         options.append("special")
-    if max(rows, elements) >= 1 << 29:
+    if max(rows, products) >= 1 << 29:
         options.append("large")
     if x.dtype == torch.float32 and matmul_allows_bf16():
         options.append("bf16")
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         options.append("gradients")
-    sizes = {"rows": rows, "products": rows * elements}
+    sizes = {"rows": rows, "products": rows * products}
     return dispatch.Case("linear", x.device.type, x.dtype, frozenset(options), sizes)
-
-
-def _is_plain(t: Tensor) -> bool:
-    """Whether it is a tensor with strides and no class of its own: others have their own notion of a product."""
-    return (type(t) in (Tensor, Parameter) or torch.compiler.is_compiling()) and t.layout is torch.strided
 
 
 def _expect(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str | None) -> None:

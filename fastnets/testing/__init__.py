@@ -28,7 +28,7 @@ __all__ = [
     "tolerances",
 ]
 
-FAMILIES = ("conv", "linear", "recurrent", "attention", "softmax")
+FAMILIES = ("conv", "linear", "recurrent", "attention", "softmax", "dropout")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 Inputs = Mapping[str, Tensor | None]

@@ -278,6 +278,8 @@ if _default is not None:
 def backend(name: str | None) -> Iterator[None]:
     """Within this context every fastnets operator of this thread runs on backend `name`, or raises.
 
+    Save dropout: cuda, triton and simt have none, and leave it to PyTorch.
+
     Args:
         name: one of reference, cpu, cuda, triton, simt; None returns to the automatic choice.
 

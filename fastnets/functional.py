@@ -96,6 +96,7 @@ def dropout(
     p: float = 0.5,
     training: bool = True,
     inplace: bool = False,
+    *,
     residual: Tensor | None = None,
 ) -> Tensor:
     """input times (0 with probability p, else 1 / (1 - p)), plus residual, in one pass over memory.

@@ -27,24 +27,37 @@ FASTNETS_INLINE RandomWords multiply_halves(RandomWords x, uint32_t y) {
 #endif
 }
 
+// Half of the key in a round.
+FASTNETS_INLINE uint32_t round_key(const int64_t* seed, int round, int half) {
+  return static_cast<uint32_t>(seed[half]) + static_cast<uint32_t>(round) * (half ? 0xBB67AE85u : 0x9E3779B9u);
+}
+
+// The ten rounds, for sets of four words that begin as counters; key(round, half) as round_key.
+template <int kSets, class Key>
+FASTNETS_INLINE void philox(RandomWords (&sets)[kSets][4], const Key& key) {
+#pragma GCC unroll 10
+  for (int round = 0; round < 10; ++round) {
+#pragma GCC unroll 4
+    for (int s = 0; s < kSets; ++s) {
+      RandomWords* words = sets[s];
+      const RandomWords from_a = multiply_halves(words[0], 0xD2511F53u),
+                        from_c = multiply_halves(words[2], 0xCD9E8D57u);
+      words[0] = (from_c >> 32) ^ words[1] ^ key(round, 0);
+      words[2] = (from_a >> 32) ^ words[3] ^ key(round, 1);
+      words[1] = from_c;
+      words[3] = from_a;
+    }
+  }
+}
+
 // The blocks of four words that the lanes' counters give.
 struct RandomBlocks {
   RandomWords words[4];
 
-  FASTNETS_INLINE RandomBlocks(const int64_t* seed, RandomWords a, RandomWords b, uint32_t c, uint32_t d)
-      : words{a, b, RandomWords{} + c, RandomWords{} + d} {
-    uint32_t key[2] = {static_cast<uint32_t>(seed[0]), static_cast<uint32_t>(seed[1])};
-#pragma GCC unroll 10
-    for (int round = 0; round < 10; ++round) {
-      const RandomWords from_a = multiply_halves(words[0], 0xD2511F53u),
-                        from_c = multiply_halves(words[2], 0xCD9E8D57u);
-      words[0] = (from_c >> 32) ^ words[1] ^ key[0];
-      words[2] = (from_a >> 32) ^ words[3] ^ key[1];
-      words[1] = from_c;
-      words[3] = from_a;
-      key[0] += 0x9E3779B9u;
-      key[1] += 0xBB67AE85u;
-    }
+  FASTNETS_INLINE RandomBlocks(const int64_t* seed, RandomWords a, RandomWords b, uint32_t c, uint32_t d) {
+    RandomWords sets[1][4] = {{a, b, RandomWords{} + c, RandomWords{} + d}};
+    philox(sets, [&](int round, int half) { return round_key(seed, round, half); });
+    for (int w = 0; w < 4; ++w) words[w] = sets[0][w];
   }
 };
 

@@ -14,7 +14,7 @@ class Dropout(torch.nn.Dropout):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """While training, input with elements zeroed, else input itself; plus residual, of its shape and dtype."""
-        return functional.dropout(input, self.p, self.training, self.inplace, residual)
+        return functional.dropout(input, self.p, self.training, self.inplace, residual=residual)
 
 
 def sum_of(residual: Tensor, dropout: torch.nn.Module, x: Tensor) -> Tensor:

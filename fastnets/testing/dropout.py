@@ -62,7 +62,7 @@ CASES = [
     _case((5, 37), 0.5),
     _case((5, 37), 0.5, residual=True),
     _case((3, 1), 0.2, draws=8),
-    _case((), 0.2, residual=True, draws=8),
+    _case((), 0.2, residual=True),
     _case((64,), 0.1),
     _case((65,), 0.1, residual=True),
     _case((2, 7, 129), 0.9, residual=True),

@@ -14,6 +14,7 @@ from fastnets import _library, dispatch
 from fastnets.functional import dropout
 from fastnets.ops.dropout import seeded
 from fastnets.reference.dropout import dropout as reference
+from fastnets.reference.philox import philox
 
 pytestmark = pytest.mark.skipif(_library.missing is not None, reason=str(_library.missing))
 
@@ -98,6 +99,14 @@ def test_probabilities_at_the_ends(p):
         y = seeded(x, x, SEED, p)
     assert torch.equal(y, reference(x, x, SEED, p))
     assert torch.equal(y, 2 * x if p == 0 else x) or 1e-9 <= p < 1
+
+
+def test_the_threshold_is_kept():
+    """24 bits of element 0's word against p, both exact."""
+    zero = torch.zeros(1, dtype=torch.int64)
+    drawn = (philox((zero, zero, zero, zero), (SEED[0], SEED[1]))[0] >> 8).item()
+    assert _kept(8, drawn / 2**24)[0]
+    assert not _kept(8, (drawn + 1) / 2**24)[0]
 
 
 @pytest.mark.parametrize("compiled", [False, True])

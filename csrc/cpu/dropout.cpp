@@ -7,7 +7,7 @@ namespace {
 
 constexpr int kBlocks = 16, kGroup = 4 * kBlocks;  // blocks of random numbers whose elements lie together, and these
 constexpr int kChunk = 2 * kGroup;                 // elements whose numbers are drawn at once
-constexpr int64_t kGrain = 1 << 5;                 // chunks that a thread should get at least
+constexpr int64_t kGrain = 1 << 7;  // chunks that a thread should get at least: below, waking it costs more
 
 // Sets of words that go through their rounds together, as many as registers hold: one waits for its products. With
 // AVX-512 drawing takes 15 ns a group for two of them, 11 for four.

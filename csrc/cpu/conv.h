@@ -485,5 +485,7 @@ bool planes_grad_weight(const ConvGradWeight& p, const Axis (&axes)[3]);
 // channel c the sum of c * passes, c * passes + 1, ...
 void depthwise_gather(const Phase& phase, int64_t repeat, int64_t passes);
 void depthwise_grad_weight(const ConvGradWeight& p);
+void depthwise_planes_gather(const Phase& phase, int64_t repeat, int64_t passes);  // all groups in `phase`
+void depthwise_planes_grad_weight(const ConvGradWeight& p);
 
 }  // namespace fastnets::FASTNETS_ISA

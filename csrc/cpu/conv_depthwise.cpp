@@ -1,9 +1,8 @@
 // Depthwise convolution: a result channel takes one channel of the source (its gradient in x, with a channel
 // multiplier, a few), so there is no matrix product, and what counts is how often x is read. Two ways:
 //
-//   channels last, no multiplier: lanes are channels, and x is read where it lies, past its borders not at all
-//   otherwise: lanes are pixels of a row; a plane's rows are copied once, with their padding, where a stride would part
-//   the lanes apart by their remainder, so that every tap is a load
+//   channels last, no multiplier: lanes are channels, and x is read where it lies, past its borders not at all (here)
+//   otherwise: lanes are pixels of a row (conv_depthwise_planes.cpp)
 #include <utility>
 
 #include "planes.h"
@@ -14,7 +13,6 @@ namespace {
 constexpr int kResults = kVectorBytes == 16 ? 4 : 6;  // results of a tile
 constexpr int kTapsTogether = 9;                      // of the weight's gradient, in registers at once
 constexpr int kWeightVectors = kVectorBytes == 64 ? 2 : 1;
-constexpr int64_t kPlaneBytes = 64 << 10;  // of a staged plane
 
 // Results [begin, end) of the axis take taps inside the source alone.
 struct Interior {
@@ -36,8 +34,6 @@ int lanes_of(int64_t columns, int v) {
   const int64_t left = columns - v * kLanes<T>;
   return left < 0 ? 0 : static_cast<int>(at_most(left, kLanes<T>));
 }
-
-// --- lanes are channels
 
 // A tap of a row of results: where the first result takes it, as a position in the row's axis and as an offset in the
 // source.
@@ -312,166 +308,6 @@ void grad_weight_channels(const ConvGradWeight& p) {
   }
 }
 
-// --- lanes are pixels
-
-// Rows of a plane: as many as stay near.
-template <class T>
-int64_t plane_rows(const Axis* axes, int64_t planes) {
-  int64_t rows = axes[1].count;
-  while (rows > 1 && Plane<T>(axes, rows).size() * planes * static_cast<int64_t>(sizeof(T)) > kPlaneBytes) {
-    rows = (rows + 1) / 2;
-  }
-  return rows;
-}
-
-// Channel k of the result takes the sources k / repeat * passes, the next, ... : `passes` of them.
-template <class T, class S>
-void gather_planes(const Phase& phase, int64_t repeat, int64_t passes) {
-  const ConvShape& s = phase.p.shape;
-  const Axis* axes = phase.axes;
-  const int64_t taps = phase.taps(), rows = plane_rows<T>(axes, passes);
-  const int64_t cuts = (axes[1].count + rows - 1) / rows;
-  const int64_t source_pixels = axes[0].extent * axes[1].extent * axes[2].extent;
-  const int64_t result_pixels = phase.result_sizes[0] * phase.result_sizes[1] * phase.result_sizes[2];
-  const int64_t step = axes[2].step * phase.result.at[2], work = rows * axes[2].count * passes * (taps + 1);
-  const S* given = static_cast<const S*>(phase.p.bias);
-  parallel(s.batch * phase.channels * axes[0].count * cuts, kGrain / work + 1, [&](int64_t begin, int64_t end) {
-    T* factors = static_cast<T*>(scratch(kGradSlot, (passes * taps + 1) * sizeof(T)));
-    int64_t* offsets = static_cast<int64_t*>(scratch(kRunSlot, (passes * taps + 1) * sizeof(int64_t)));
-    T* staged = static_cast<T*>(scratch(kStageSlot, (passes * Plane<T>(axes, rows).size() + 1) * sizeof(T)));
-    int64_t last = -1;
-    for (int64_t i = begin; i < end; ++i) {
-      // The rows of all channels and images one after the other: they are zero in the same places.
-      const int64_t piece = i / (s.batch * phase.channels), h = piece % cuts * rows, d = piece / cuts;
-      const int64_t image = i / phase.channels % s.batch, channel = i % phase.channels;
-      const Plane<T> plane(axes, at_most(rows, axes[1].count - h));
-      if (piece != last) {
-        std::memset(staged, 0, static_cast<size_t>(passes * plane.size()) * sizeof(T));
-        for (int64_t pass = 0; pass < passes; ++pass) {
-          plane.taps(offsets + pass * taps);
-          for (int64_t tap = 0; tap < taps; ++tap) offsets[pass * taps + tap] += pass * plane.size();
-        }
-        last = piece;
-      }
-      const S* source = static_cast<const S*>(phase.p.source) + image * phase.source_channels * source_pixels +
-                        channel / repeat * passes * phase.source.channel;
-      T* factor = factors;
-      for (int64_t pass = 0; pass < passes; ++pass) {
-        plane.stage(source + pass * phase.source.channel, phase.source, d, h, staged + pass * plane.size());
-        const S* weight = static_cast<const S*>(phase.p.weight) + (channel * passes + pass) * s.weight_strides[0];
-        for (int a = 0; a < 3; ++a) weight += axes[a].tap * s.weight_strides[2 + a];
-        for (int64_t z = 0; z < axes[0].taps; ++z) {
-          for (int64_t y = 0; y < axes[1].taps; ++y) {
-            for (int64_t x = 0; x < axes[2].taps; ++x) {
-              *factor++ = to_float(
-                  weight[z * axes[0].tap_step * s.weight_strides[2] + y * axes[1].tap_step * s.weight_strides[3] +
-                         x * axes[2].tap_step * s.weight_strides[4]]);
-            }
-          }
-        }
-      }
-      const Block block{
-          {staged_axis(axes[0], d, 1), staged_axis(axes[1], h, plane.count), staged_axis(axes[2], 0, axes[2].count)},
-          1};
-      const Finish<T, S> finish{phase, block, image * phase.channels * result_pixels + channel * phase.result.channel,
-                                0};
-      const Vec<T> bias = broadcast<T>(given ? T(to_float(given[channel])) : T(0));
-      const int64_t origin = finish.offset(0, 0), next_row = axes[1].step * phase.result.at[1];
-      const bool streams = step == 1 && finish.plain() && finish.streams(axes[2].count);
-      for (Vectors<T> vector(plane); vector.row < plane.count;) {
-        const T* at[kResults];
-        int64_t to[kResults];
-        int lanes[kResults], n = 0;
-        for (; n < kResults && vector.row < plane.count; ++n, vector.next()) {
-          at[n] = staged + vector.at(), lanes[n] = vector.lanes();
-          to[n] = origin + vector.row * next_row + vector.column * step;
-        }
-        for (int r = n; r < kResults; ++r) at[r] = at[0];  // computed and dropped
-        Vec<T> sum[kResults];
-#pragma GCC unroll 8
-        for (int r = 0; r < kResults; ++r) sum[r] = bias;
-        for (int64_t t = 0; t < passes * taps; ++t) {
-          const Vec<T> weight = broadcast<T>(factors[t]);
-#pragma GCC unroll 8
-          for (int r = 0; r < kResults; ++r) sum[r] = fma<T>(load(at[r] + offsets[t]), weight, sum[r]);
-        }
-        for (int r = 0; r < n; ++r) {
-          if constexpr (std::is_same_v<S, T>) {
-            if (streams) {
-              stream(static_cast<S*>(phase.p.result) + to[r], sum[r]);
-              continue;
-            }
-          }
-          finish.write(sum[r], to[r], lanes[r], step);
-        }
-      }
-    }
-    streamed();
-  });
-}
-
-template <class T, class S>
-void grad_weight_planes(const ConvGradWeight& p) {
-  const ConvShape& s = p.shape;
-  const Axis axes[3] = {forward_axis(s, 0), forward_axis(s, 1), forward_axis(s, 2)};
-  const int64_t channels = s.groups * s.out_channels, taps = taps_of(axes), rows = plane_rows<T>(axes, 1);
-  const Strides x = strides_of(s.channels_last, s.groups, s.in), g = strides_of(s.channels_last, channels, s.out);
-  const int64_t room = round_up(taps, kTapsTogether), size = room * kLanes<T>;
-  T* all = static_cast<T*>(scratch(kWeightSlot, channels * size * sizeof(T)));
-  const int64_t work = s.batch * axes[0].count * axes[1].count * axes[2].count * taps;
-  parallel(channels, kGrain / (work + 1) + 1, [&](int64_t begin, int64_t end) {
-    int64_t* offsets = static_cast<int64_t*>(scratch(kRunSlot, (room + 1) * sizeof(int64_t)));
-    T* staged = static_cast<T*>(scratch(kStageSlot, (Plane<T>(axes, rows).size() + 1) * sizeof(T)));
-    std::memset(all + begin * size, 0, static_cast<size_t>((end - begin) * size) * sizeof(T));
-    for (int64_t d = 0; d < axes[0].count; ++d) {
-      for (int64_t h = 0; h < axes[1].count && s.batch > 0; h += rows) {
-        const Plane<T> plane(axes, at_most(rows, axes[1].count - h));
-        std::memset(staged, 0, static_cast<size_t>(plane.size()) * sizeof(T));
-        plane.taps(offsets);
-        for (int64_t tap = taps; tap < room; ++tap) offsets[tap] = offsets[0];  // computed and dropped
-        for (int64_t i = begin * s.batch; i < end * s.batch; ++i) {
-          const int64_t channel = i / s.batch, image = i % s.batch;
-          plane.stage(static_cast<const S*>(p.x) + image * s.groups * s.in[0] * s.in[1] * s.in[2] +
-                          channel / s.out_channels * x.channel,
-                      x, d, h, staged);
-          const S* grad = static_cast<const S*>(p.grad) + image * channels * s.out[0] * s.out[1] * s.out[2] +
-                          channel * g.channel + d * g.at[0] + h * g.at[1];
-          T* sums = all + channel * size;
-          for (int64_t tap = 0; tap < taps; tap += kTapsTogether) {
-            Vec<T> sum[kTapsTogether];
-#pragma GCC unroll 16
-            for (int t = 0; t < kTapsTogether; ++t) sum[t] = load(sums + (tap + t) * kLanes<T>);
-            for (Vectors<T> vector(plane); vector.row < plane.count; vector.next()) {
-              const int n = vector.lanes();
-              const T* at = staged + vector.at();
-              const Vec<T> factor = load_apart(grad + vector.row * g.at[1] + vector.column * g.at[2], n, g.at[2]);
-              if (n == kLanes<T>) {
-#pragma GCC unroll 16
-                for (int t = 0; t < kTapsTogether; ++t) sum[t] = fma<T>(load(at + offsets[tap + t]), factor, sum[t]);
-              } else {  // past the row's end lies what other taps take, infinite perhaps
-#pragma GCC unroll 16
-                for (int t = 0; t < kTapsTogether; ++t) {
-                  sum[t] = fma<T>(load_partial(at + offsets[tap + t], n), factor, sum[t]);
-                }
-              }
-            }
-#pragma GCC unroll 16
-            for (int t = 0; t < kTapsTogether; ++t) store(sums + (tap + t) * kLanes<T>, sum[t]);
-          }
-        }
-      }
-    }
-    for (int64_t channel = begin; channel < end; ++channel) {
-      for (int64_t tap = 0; tap < taps; ++tap) {
-        S* to = static_cast<S*>(p.grad_weight) + channel * s.weight_strides[0] +
-                tap % s.kernel[2] * s.weight_strides[4] + tap / s.kernel[2] % s.kernel[1] * s.weight_strides[3] +
-                tap / s.kernel[2] / s.kernel[1] * s.weight_strides[2];
-        *to = from_float<S>(reduce_add<T>(load(all + channel * size + tap * kLanes<T>)));
-      }
-    }
-  });
-}
-
 }  // namespace
 
 void depthwise_gather(const Phase& phase, int64_t repeat, int64_t passes) {
@@ -480,7 +316,7 @@ void depthwise_gather(const Phase& phase, int64_t repeat, int64_t passes) {
   with_storage(phase.p.shape.dtype, [&](auto kind) {
     using S = decltype(kind);
     if (phase.p.shape.channels_last && repeat == 1 && passes == 1) return gather_channels<Compute<S>, S>(all);
-    gather_planes<Compute<S>, S>(all, repeat, passes);
+    depthwise_planes_gather(all, repeat, passes);
   });
 }
 
@@ -488,7 +324,7 @@ void depthwise_grad_weight(const ConvGradWeight& p) {
   with_storage(p.shape.dtype, [&](auto kind) {
     using S = decltype(kind);
     if (p.shape.channels_last && p.shape.out_channels == 1) return grad_weight_channels<Compute<S>, S>(p);
-    grad_weight_planes<Compute<S>, S>(p);
+    depthwise_planes_grad_weight(p);
   });
 }
 

@@ -26,7 +26,7 @@ struct Plane {
       : axes(axes),
         count(count),
         height(axes[1].taps > 0 ? (count - 1) * axes[1].pull + axes[1].span() + 1 : 0),
-        columns(round_up(axes[2].count, kLanes<T>) + (axes[2].taps > 0 ? axes[2].span() / axes[2].pull : 0) + 1) {}
+        columns(round_up(round_up(axes[2].count, kLanes<T>) + (axes[2].taps > 0 ? axes[2].span() / axes[2].pull : 0) + 1, kLanes<T>)) {}
 
   int64_t line() const { return axes[2].pull * columns; }
   int64_t size() const { return axes[0].taps * height * line(); }
@@ -47,8 +47,9 @@ struct Plane {
   // Stages the rows from h of the results at depth d: the source's part of them, or else the zeros around it.
   template <class S>
   void stage(const S* source, const Strides& strides, int64_t d, int64_t h, T* to) const {
-    const Axis& w = axes[2];
-    const int64_t step = w.pull * strides.at[2];
+    const int64_t pull = axes[2].pull, step = pull * strides.at[2];
+    int64_t remainder = 0, begin, end;
+    part(0, &begin, &end);
     for (int64_t i = 0; i < axes[0].taps; ++i) {
       const int64_t z = low(axes[0], d) + i * axes[0].offset_step;
       for (int64_t j = 0; j < height; ++j) {
@@ -57,25 +58,38 @@ struct Plane {
           to += line();
           continue;
         }
-        for (int64_t remainder = 0; remainder < w.pull; ++remainder, to += columns) {
-          // Column c is position w.offset + remainder + c * pull.
-          const int64_t start = w.offset + remainder, begin = at_most(positive_ceil(-start, w.pull), columns);
-          const int64_t end = at_most(positive_ceil(w.extent - start, w.pull), columns);
-          const S* from = source + z * strides.at[0] + y * strides.at[1] + (start + begin * w.pull) * strides.at[2];
-          if (begin >= end) continue;
-          int64_t c = begin;
-          if (step == 1) {
-            copy_converted<T>(from, end - begin, to + begin);
-            c = end;
-          } else if (step == 2) {  // two vectors hold one, and an element after it that has to be there
-            for (; c + kLanes<T> < end; c += kLanes<T>, from += 2 * kLanes<T>) {
-              store(to + c, every_second<T>(load(from), load(from + kLanes<T>)));
-            }
+        const S* row = source + z * strides.at[0] + y * strides.at[1];
+        do {
+          if (begin < end) {
+            copy(row + (axes[2].offset + remainder + begin * pull) * strides.at[2], step, end - begin, to + begin);
           }
-          for (; c < end; ++c, from += step) to[c] = to_float(*from);
-        }
+          to += columns;
+          if (pull > 1) part(remainder = (remainder + 1) % pull, &begin, &end);
+        } while (remainder != 0);
       }
     }
+  }
+
+ private:
+  // n elements, `step` apart.
+  template <class S>
+  static void copy(const S* from, int64_t step, int64_t n, T* to) {
+    if (step == 1) return copy_converted<T>(from, n, to);
+    int64_t c = 0;
+    if (step == 2) {  // two vectors hold one, and an element after it that has to be there
+      for (; c + kLanes<T> < n; c += kLanes<T>, from += 2 * kLanes<T>) {
+        store(to + c, every_second<T>(load(from), load(from + kLanes<T>)));
+      }
+    }
+    for (; c < n; ++c, from += step) to[c] = to_float(*from);
+  }
+
+  // Column c of a row's `remainder` is position offset + remainder + c * pull: [begin, end) lie in the source.
+  void part(int64_t remainder, int64_t* begin, int64_t* end) const {
+    const Axis& w = axes[2];
+    const int64_t start = w.offset + remainder;
+    *begin = at_most(positive_ceil(-start, w.pull), columns);
+    *end = at_most(positive_ceil(w.extent - start, w.pull), columns);
   }
 };
 

@@ -264,6 +264,15 @@ template <class T>
 FASTNETS_INLINE Vec<T> every_second(Vec<T> a, Vec<T> b) {
   return every_second<T>(a, b, std::make_integer_sequence<int, kLanes<T>>{});
 }
+// The vector that begins at lane n of a, where b lies behind a. (Without AVX-512, from memory.)
+template <class T, int n>
+FASTNETS_INLINE Vec<T> shifted([[maybe_unused]] Vec<T> a, [[maybe_unused]] Vec<T> b, [[maybe_unused]] const T* memory) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return Vec<T>(_mm512_alignr_epi32(__m512i(b), __m512i(a), n));
+  if constexpr (sizeof(T) == 8) return Vec<T>(_mm512_alignr_epi64(__m512i(b), __m512i(a), n));
+#endif
+  return load(memory + n);
+}
 template <class T>
 FASTNETS_INLINE Vec<T> select(Vec<Int<T>> condition, Vec<T> yes, Vec<T> no) {
   return condition ? yes : no;

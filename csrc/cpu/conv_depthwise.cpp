@@ -11,6 +11,7 @@ namespace fastnets::FASTNETS_ISA {
 namespace {
 
 constexpr int kResults = kVectorBytes == 16 ? 4 : 6;  // results of a tile
+constexpr int kSquareRows = 4, kSquareColumns = 2;    // of a tile of results of three times three taps
 constexpr int kTapsTogether = 9;                      // of the weight's gradient, in registers at once
 constexpr int kWeightVectors = kVectorBytes == 64 ? 2 : 1;
 
@@ -120,14 +121,92 @@ struct ChannelsTile {
     }
   }
 
-  void row(const S* source, const Interior& interior, int64_t to) const {
-    for (int64_t w = 0; w < phase.axes[2].count;) {
+  // Results [begin, end) of a row.
+  void row(const S* source, const Interior& interior, int64_t begin, int64_t end, int64_t to) const {
+    for (int64_t w = begin; w < end;) {
       if (w >= interior.begin && w < interior.end && interior.end - interior.begin >= kResults) {
         w = at_most(w, interior.end - kResults);  // the last overlaps the one before
         panels<kResults>(source, w, to);
         w += kResults;
       } else {
         panels<1>(source, w++, to);
+      }
+    }
+  }
+};
+
+// Three times three neighbouring taps: a tile of results below and beside each other reads every vector of the source
+// once, where a row of results alone would read each for nine of them.
+template <class T, class S>
+struct SquareTile {
+  const Phase& phase;
+  const Finish<T, S>& finish;
+  const T* packed;
+  const S* rows[kSquareRows + 2];  // of the source, at the first tap of result 0; outside the source, of zeros
+  int64_t apart[kSquareRows + 2];  // its pixels
+  bool plain = finish.plain(), streams = plain && finish.streams(phase.channels);
+
+  static bool takes(const Phase& phase) {
+    const Axis* axes = phase.axes;
+    const auto neighbours = [](const Axis& axis) { return axis.taps == 3 && axis.pull == 1 && axis.offset_step == 1; };
+    return axes[0].taps == 1 && neighbours(axes[1]) && neighbours(axes[2]);
+  }
+
+  // Results from `w`, all channels; `to` is the first row's first.
+  void run(int64_t w, int64_t to) const {
+    const S* bias = static_cast<const S*>(phase.p.bias);
+    for (int64_t c = 0; c < phase.channels; c += kLanes<T>) {
+      const int n = lanes_of<T>(phase.channels - c, 0);
+      if (n == kLanes<T>) {
+        tile<true>(w, c, n, bias ? load(bias + c) : Vec<T>{}, to);
+      } else {
+        tile<false>(w, c, n, bias ? load_partial(bias + c, n) : Vec<T>{}, to);
+      }
+    }
+  }
+
+ private:
+  template <bool kWhole>
+  FASTNETS_INLINE void tile(int64_t w, int64_t c, int n, Vec<T> bias, int64_t to) const {
+    const T* factor = packed + c / kTileCols<T> * 9 * kTileCols<T> + c % kTileCols<T>;
+    Vec<T> factors[9], sum[kSquareRows][kSquareColumns];
+#pragma GCC unroll 16
+    for (int t = 0; t < 9; ++t) factors[t] = load(factor + t * kTileCols<T>);
+#pragma GCC unroll 8
+    for (int r = 0; r < kSquareRows; ++r) {
+#pragma GCC unroll 4
+      for (int q = 0; q < kSquareColumns; ++q) sum[r][q] = bias;
+    }
+#pragma GCC unroll 8
+    for (int y = 0; y < kSquareRows + 2; ++y) {
+      const S* at = rows[y] + w * apart[y] + c;
+#pragma GCC unroll 8
+      for (int column = 0; column < kSquareColumns + 2; ++column, at += apart[y]) {
+        const Vec<T> x = kWhole ? load(at) : load_partial(at, n);
+#pragma GCC unroll 4
+        for (int i = 0; i < 3; ++i) {
+#pragma GCC unroll 4
+          for (int j = 0; j < 3; ++j) {
+            const int r = y - i, q = column - j;
+            if (r >= 0 && r < kSquareRows && q >= 0 && q < kSquareColumns) {
+              sum[r][q] = fma<T>(x, factors[3 * i + j], sum[r][q]);
+            }
+          }
+        }
+      }
+    }
+    const int64_t down = phase.axes[1].step * phase.result.at[1], across = phase.axes[2].step * phase.result.at[2];
+    to += w * across + c;
+#pragma GCC unroll 8
+    for (int r = 0; r < kSquareRows; ++r) {
+#pragma GCC unroll 4
+      for (int q = 0; q < kSquareColumns; ++q) {
+        const int64_t at = to + r * down + q * across;
+        if (kWhole && plain) {
+          put(static_cast<S*>(phase.p.result) + at, sum[r][q], streams);
+        } else {
+          finish.write(sum[r][q], at, n, 1);
+        }
       }
     }
   }
@@ -165,27 +244,60 @@ void gather_channels(const Phase& phase) {
   const int64_t result_pixels = phase.result_sizes[0] * phase.result_sizes[1] * phase.result_sizes[2];
   const int64_t row_work = axes[2].count * phase.channels * phase.taps();
   const ConvGather& p = phase.p;
-  parallel(s.batch * axes[0].count * axes[1].count, kGrain / (row_work + 1) + 1, [&](int64_t begin, int64_t end) {
+  const bool square = SquareTile<T, S>::takes(phase) && interior.end - interior.begin >= kSquareColumns;
+  const int64_t together = square ? kSquareRows : 1, blocks = (axes[1].count + together - 1) / together;
+  parallel(s.batch * axes[0].count * blocks, kGrain / (together * row_work + 1) + 1, [&](int64_t begin, int64_t end) {
     TapAt* taps = static_cast<TapAt*>(scratch(kRunSlot, (phase.taps() + 1) * sizeof(TapAt)));
     const T** factors = static_cast<const T**>(scratch(kSumSlot, (phase.taps() + 1) * sizeof(T*)));
+    S* zeros = nullptr;
+    if (square) {
+      zeros = static_cast<S*>(scratch(kGradSlot, phase.channels * sizeof(S)));
+      std::memset(zeros, 0, static_cast<size_t>(phase.channels) * sizeof(S));
+    }
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t h = i % axes[1].count, d = i / axes[1].count % axes[0].count;
-      const int64_t image = i / axes[1].count / axes[0].count;
-      int64_t count = 0;
-      for (int64_t tap = 0; tap < phase.taps(); ++tap) {
-        const int64_t line = tap / axes[2].taps, k = tap % axes[2].taps;
-        const int64_t z = low(axes[0], d) + line / axes[1].taps * axes[0].offset_step;
-        const int64_t y = low(axes[1], h) + line % axes[1].taps * axes[1].offset_step;
-        if (!inside(axes[0], z) || !inside(axes[1], y)) continue;
-        const int64_t x = axes[2].offset + k * axes[2].offset_step;
-        taps[count] = {x, z * strides.at[0] + y * strides.at[1] + x * strides.at[2]};
-        factors[count++] = packed + tap * kTileCols<T>;
-      }
+      const int64_t first = i % blocks * together, d = i / blocks % axes[0].count, image = i / blocks / axes[0].count;
       const S* source = static_cast<const S*>(p.source) + image * phase.channels * source_pixels;
-      const Block row{{staged_axis(axes[0], d, 1), staged_axis(axes[1], h, 1), staged_axis(axes[2], 0, axes[2].count)},
-                      1};
-      const Finish<T, S> finish{phase, row, image * phase.channels * result_pixels, 0};
-      ChannelsTile<T, S>{phase, finish, taps, factors, count}.row(source, interior, finish.offset(0, 0));
+      const auto row_at = [&](int64_t h) {
+        return Block{{staged_axis(axes[0], d, 1), staged_axis(axes[1], h, 1), staged_axis(axes[2], 0, axes[2].count)},
+                     1};
+      };
+      const bool tiled = square && first + kSquareRows <= axes[1].count;
+      if (tiled) {
+        const Block row = row_at(first);
+        const Finish<T, S> finish{phase, row, image * phase.channels * result_pixels, 0};
+        SquareTile<T, S> tile{phase, finish, packed, {}, {}};
+        const int64_t z = low(axes[0], d) * strides.at[0] + axes[2].offset * strides.at[2];
+        for (int y = 0; y < kSquareRows + 2; ++y) {
+          const int64_t at = low(axes[1], first) + y;
+          const bool there = inside(axes[0], low(axes[0], d)) && inside(axes[1], at);
+          tile.rows[y] = there ? source + z + at * strides.at[1] : zeros;
+          tile.apart[y] = there ? strides.at[2] : 0;
+        }
+        for (int64_t w = interior.begin; w < interior.end; w += kSquareColumns) {
+          tile.run(at_most(w, interior.end - kSquareColumns), finish.offset(0, 0));
+        }
+      }
+      for (int64_t h = first; h < first + together && h < axes[1].count; ++h) {
+        int64_t count = 0;
+        for (int64_t tap = 0; tap < phase.taps(); ++tap) {
+          const int64_t line = tap / axes[2].taps, k = tap % axes[2].taps;
+          const int64_t z = low(axes[0], d) + line / axes[1].taps * axes[0].offset_step;
+          const int64_t y = low(axes[1], h) + line % axes[1].taps * axes[1].offset_step;
+          if (!inside(axes[0], z) || !inside(axes[1], y)) continue;
+          const int64_t x = axes[2].offset + k * axes[2].offset_step;
+          taps[count] = {x, z * strides.at[0] + y * strides.at[1] + x * strides.at[2]};
+          factors[count++] = packed + tap * kTileCols<T>;
+        }
+        const Block row = row_at(h);
+        const Finish<T, S> finish{phase, row, image * phase.channels * result_pixels, 0};
+        const ChannelsTile<T, S> tile{phase, finish, taps, factors, count};
+        if (tiled) {
+          tile.row(source, interior, 0, interior.begin, finish.offset(0, 0));
+          tile.row(source, interior, interior.end, axes[2].count, finish.offset(0, 0));
+        } else {
+          tile.row(source, interior, 0, axes[2].count, finish.offset(0, 0));
+        }
+      }
     }
     streamed();
   });

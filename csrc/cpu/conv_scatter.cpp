@@ -47,28 +47,30 @@ struct Scatter {
       pack_rows<T>(View<S>{source + y * phase.source.at[1], phase.source.at[2], phase.source.channel}, pixels, depth,
                    packed);
       multiply_packed<T>(pixels, columns, depth, packed, weight, products, columns, false);
-      const T* product = products;
-      for (int64_t i = y; i < y + pixels / s.out[2]; ++i, product += s.out[2] * columns) {
-        for (int64_t tap = 0; tap < s.kernel[1]; ++tap) {
-          const int64_t row = i * s.stride[1] + tap * s.dilation[1] - s.padding[1];
-          if (row >= begin && row < end) add(product + tap * run, sums + (row - begin) * line);
-        }
-      }
+      add(products, y, pixels / s.out[2], begin, end, sums);
     }
     write(image, group, begin, end, sums);
   }
 
  private:
-  // One row's products with one row of taps. Neighbours overlap: a load meets no store that is still under way.
-  void add(const T* from, T* to) const {
+  // The products of `rows` rows of the source from y, to the results' rows [begin, end). Neighbours in a row overlap:
+  // all rows and taps come between them, as a load of what was stored in part a moment ago would wait for it.
+  void add(const T* products, int64_t y, int64_t rows, int64_t begin, int64_t end, T* sums) const {
     for (int64_t start = 0; start < kApart; ++start) {
-      for (int64_t x = start; x < s.out[2]; x += kApart) {
-        const T* product = from + x * columns;
-        T* at = to + x * s.stride[2] * channels;
-        int64_t i = 0;
-        for (; i + kLanes<T> <= run; i += kLanes<T>) store(at + i, load(at + i) + load(product + i));
-        // Past the run nothing is added; a partial store is slower.
-        if (i < run) store(at + i, load(at + i) + load_partial(product + i, static_cast<int>(run - i)));
+      for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t tap = 0; tap < s.kernel[1]; ++tap) {
+          const int64_t row = (y + i) * s.stride[1] + tap * s.dilation[1] - s.padding[1];
+          if (row < begin || row >= end) continue;
+          const T* product = products + (i * s.out[2] + start) * columns + tap * run;
+          T* to = sums + (row - begin) * line + start * s.stride[2] * channels;
+          for (int64_t x = start; x < s.out[2]; x += kApart) {
+            int64_t c = 0;
+            for (; c + kLanes<T> <= run; c += kLanes<T>) store(to + c, load(to + c) + load(product + c));
+            // Past the run nothing is added; a partial store is slower.
+            if (c < run) store(to + c, load(to + c) + load_partial(product + c, static_cast<int>(run - c)));
+            product += kApart * columns, to += kApart * s.stride[2] * channels;
+          }
+        }
       }
     }
   }

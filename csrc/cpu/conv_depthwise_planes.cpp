@@ -31,27 +31,17 @@ bool columns_follow(const Axis& columns) { return columns.offset_step == columns
 // The first position inside the source that results from j may take.
 int64_t first_inside(const Axis& axis, int64_t j) { return low(axis, j) > 0 ? low(axis, j) : 0; }
 
-// The rows of the next channels, fetched a little after every vector of results: a copy would wait for all of them.
-// `source` is what the results of row h take, or there would be gradients of.
-struct Ahead {
-  const char* at;
-  int64_t each;  // bytes, a vector of results
-  int64_t due = 0;
-
-  template <class S>
-  Ahead(const S* source, const Strides& strides, int64_t row, const int64_t* sizes, int64_t channels, const Axis* axes)
-      : at(reinterpret_cast<const char*>(source + row * strides.at[1])), each(0) {
-    const int64_t lanes = kLanes<Compute<S>>;
-    if (strides.channel == 1) return;  // the channels lie beside each other
-    at += channels * strides.channel * static_cast<int64_t>(sizeof(S));
-    each = channels * sizes[1] * sizes[2] * static_cast<int64_t>(sizeof(S)) /
-           (axes[1].count * ((axes[2].count + lanes - 1) / lanes));
-  }
-
-  void fetch(int vectors) {
-    for (due += vectors * each; due > 0; due -= 64, at += 64) __builtin_prefetch(at);
-  }
-};
+// The rows of the next channels, a part of them after every vector of results. `source` is that channel's plane, `row`
+// the first of its rows that the results take.
+template <class S>
+Ahead next_rows(const S* source, const Strides& strides, int64_t row, const int64_t* sizes, int64_t channels,
+                const Axis* axes) {
+  const int64_t lanes = kLanes<Compute<S>>, vectors = axes[1].count * ((axes[2].count + lanes - 1) / lanes);
+  const int64_t bytes = channels * sizes[1] * sizes[2] * static_cast<int64_t>(sizeof(S));
+  const bool apart = strides.channel > 1;  // else the channels lie beside each other
+  return {reinterpret_cast<const char*>(source + channels * strides.channel + row * strides.at[1]),
+          apart ? bytes / vectors : 0};
+}
 
 // The sums of a plane's results, to result[row][width]; past the last there is room for a vector.
 template <class T>
@@ -263,7 +253,7 @@ void gather(const Phase& phase, int64_t repeat, int64_t passes) {
         }
         for (; written < rows; ++written) write(sums + written * width, origin + written * next_row, width);
       };
-      const Ahead ahead(source, phase.source, first_inside(axes[1], h), source_sizes, passes, axes);
+      const Ahead ahead = next_rows(source, phase.source, first_inside(axes[1], h), source_sizes, passes, axes);
       PlaneSums<T>{plane, passes * axes[0].taps, staged, offsets, factors, bias, sums, ahead}.run(finished);
     }
     streamed();
@@ -387,7 +377,8 @@ void grad_weight(const ConvGradWeight& p) {
           plane.stage(source, x, d, h, staged);
           const S* grad = static_cast<const S*>(p.grad) + image * channels * s.out[0] * s.out[1] * s.out[2] +
                           channel * g.channel + d * g.at[0] + h * g.at[1];
-          const Ahead after_x(source, x, first_inside(axes[1], h), s.in, 1, axes), after_g(grad, g, 0, s.out, 1, axes);
+          const Ahead after_x = next_rows(source, x, first_inside(axes[1], h), s.in, 1, axes);
+          const Ahead after_g = next_rows(grad, g, 0, s.out, 1, axes);
           PlaneWeight<T, S> of{plane, staged, grad, g, after_x, after_g};
           for (int64_t tap = 0; tap < taps; tap += kTapsTogether) {
             T* sums = all + channel * size + tap * kLanes<T>;

@@ -66,6 +66,18 @@ void tile(int rows, int64_t height, int64_t width, const T* a, int64_t a_h, int6
       (rows + 1) / 2 * 2, [&](auto n) { tile_of<T, n.value, kVectors>(height, width, a, a_h, a_w, b, b_h, rows, to); });
 }
 
+// Channels last, whole rows: the next block's, a part of it after every tile of one of `panels`.
+template <class S>
+Ahead next_block(const Problem& problem, const Block& block, const S* source, int64_t panels) {
+  const StagedAxis& h = block.axes[1];
+  const int64_t rows = h.count * problem.axes[1].pull, row = problem.x.at[1];
+  const int64_t tiles = panels * problem.taps * ((block.channels + kTileRows - 1) / kTileRows);
+  const bool follows = problem.p.shape.channels_last && problem.p.shape.groups == 1 && problem.cut.pieces[2] == 1;
+  const int64_t z = problem.axes[0].pull * block.axes[0].begin + problem.axes[0].offset, y = h.low + rows;
+  return {reinterpret_cast<const char*>(source + z * problem.x.at[0] + y * row),
+          follows ? rows * row * static_cast<int64_t>(sizeof(S)) / tiles : 0};
+}
+
 // Adds one block's products to sums [panels of the share][depth][columns].
 template <class T, class S>
 void accumulate(const Problem& problem, int64_t image, const Block& block, int64_t group, int64_t panel_begin,
@@ -74,15 +86,16 @@ void accumulate(const Problem& problem, int64_t image, const Block& block, int64
   const int64_t height = block.axes[1].count, width = block.axes[2].count;
   const int64_t in_pixels = s.in[0] * s.in[1] * s.in[2], out_pixels = s.out[0] * s.out[1] * s.out[2];
   T* staged = static_cast<T*>(scratch(kStageSlot, (block.elements() + kTileRows) * sizeof(T)));
-  stage(static_cast<const S*>(problem.p.x) + image * s.groups * s.in_channels * in_pixels +
-            group * s.in_channels * problem.x.channel,
-        problem.x, problem.axes, block, block.channels, staged);
+  const S* from = static_cast<const S*>(problem.p.x) + image * s.groups * s.in_channels * in_pixels +
+                  group * s.in_channels * problem.x.channel;
+  stage(from, problem.x, problem.axes, block, block.channels, staged);
   Run* runs = static_cast<Run*>(scratch(kRunSlot, (problem.taps + 1) * sizeof(Run)));
   const int64_t count = runs_of(block, problem.axes, runs);
   const int64_t a_h = block.axes[1].pull * block.stride(1), a_w = block.axes[2].pull * block.stride(2);
   T* staged_grad = static_cast<T*>(scratch(kGradSlot, block.pixels() * kTileCols<T> * sizeof(T)));
   const S* grad = static_cast<const S*>(problem.p.grad) + image * s.groups * s.out_channels * out_pixels +
                   group * s.out_channels * problem.grad.channel;
+  Ahead ahead = next_block<S>(problem, block, from, panel_end - panel_begin);
   for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
     const int64_t first = panel * kTileCols<T>;
     const int vectors = panel_vectors<T>(s.out_channels, first);
@@ -108,6 +121,7 @@ void accumulate(const Problem& problem, int64_t image, const Block& block, int64
       for (int64_t e = 0; e < run->length; e += kTileRows) {
         const int rows = static_cast<int>(at_most(kTileRows, run->length - e));
         const T* a = staged + run->offset + e;
+        ahead.fetch();
         if (vectors == kTileVectors) {
           tile<T, kTileVectors>(rows, height, width, a, a_h, a_w, read, line, to);
         } else {

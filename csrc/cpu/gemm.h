@@ -84,6 +84,8 @@ void pack_quad(const S* from, int64_t from_line, int64_t k, T* to, int64_t to_st
   }
 }
 
+constexpr int64_t kPackStretch = 128;
+
 // One panel: to[p * kWidth + line] = from[line * from_line + p * from_step], zero from `lines` to kWidth.
 template <class T, int kWidth, class S>
 void pack_panel(const S* from, int64_t from_line, int64_t from_step, int lines, int64_t k, T* to) {
@@ -97,11 +99,20 @@ void pack_panel(const S* from, int64_t from_line, int64_t from_step, int lines, 
     }
     return;
   }
-  int line = 0;
-  if (from_step == 1) {
-    for (; line + 4 <= lines; line += 4) pack_quad(from + line * from_line, from_line, k, to + line, kWidth);
+  // Stretches of a line, so that what four lines wrote is still near when the next four come.
+  const int quads = from_step == 1 ? lines / 4 * 4 : 0;
+  for (int64_t p = 0; quads > 0 && p < k; p += kPackStretch) {
+    const int64_t stretch = at_most(kPackStretch, k - p);
+    for (int line = 0; line < quads; line += 4) {
+      const S* next = line + 4 < quads ? from + (line + 4) * from_line + p : from + p + kPackStretch;
+      for (int i = 0; i < 4; ++i) {
+        for (int64_t j = 0; j < kPackStretch; j += 64 / static_cast<int64_t>(sizeof(S)))
+          __builtin_prefetch(next + i * from_line + j);
+      }
+      pack_quad(from + line * from_line + p, from_line, stretch, to + p * kWidth + line, kWidth);
+    }
   }
-  for (; line < kWidth; ++line) {
+  for (int line = quads; line < kWidth; ++line) {
     if (line < lines) {
       for (int64_t p = 0; p < k; ++p) to[p * kWidth + line] = to_float(from[line * from_line + p * from_step]);
     } else {

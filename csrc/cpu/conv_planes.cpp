@@ -1,6 +1,7 @@
 // Convolution where the lanes of a vector are pixels of one channel, for tensors of planes and for results of few
-// channels: nothing is transposed, and no lane stands for a channel that is not there. A block's source is staged,
-// plane after plane (planes.h); a register tile is some channels of two vectors of pixels.
+// channels: no lane stands for a channel that is not there. A block's source is staged, plane after plane (planes.h); a
+// register tile is some channels of two vectors of pixels. Of few channels and three times three neighbouring taps it
+// is some rows of one vector: every vector of the source is then loaded once for all the results that take it.
 #include "planes.h"
 
 namespace fastnets::FASTNETS_ISA {
@@ -11,6 +12,10 @@ constexpr int kPixelVectors = 2;
 constexpr int kFewRows = 4, kFewVectors = kTileRows * kPixelVectors / kFewRows;
 constexpr int kMostVectors = kFewVectors > kPixelVectors ? kFewVectors : kPixelVectors;
 
+// Registers for the sums of some rows and the source's rows that they take.
+constexpr bool kManyRegisters = kVectorBytes == 64;
+constexpr int kSquareRows = 4, kFewSquareRows = 8;  // of results; the latter of one or two channels
+
 // Of one panel of the weight.
 int64_t panel_rows(int64_t channels) { return channels <= kFewRows ? kFewRows : kTileRows; }
 
@@ -18,6 +23,15 @@ int64_t panel_rows(int64_t channels) { return channels <= kFewRows ? kFewRows : 
 struct Pixels {
   int64_t from, to;
   int lanes;
+};
+
+// Rows of the source for a tile of PlanesTile::square, and which lanes of two neighbouring vectors lie inside them.
+template <class T>
+struct SquareRows {
+  const T* at[kFewSquareRows + 2];
+  int64_t step[kFewSquareRows + 2];  // from one pass, a channel's nine taps, to the next
+  int64_t ahead;                     // to the rows that a later tile takes first
+  int begin[2], end[2];
 };
 
 template <class T, class S>
@@ -61,6 +75,64 @@ struct PlanesTile {
         for (int v = 0; v < kVectors; ++v) sum[r][v] = fma<T>(x[v], factor, sum[r][v]);
       }
     }
+    finish_tile<kRows, kVectors>(sum, pixels, first, channels, plain, stream);
+  }
+
+  // Three times three neighbouring taps: all channels (the only panel) of kRows rows of a vector. The columns' vectors
+  // are made from two in registers: as many loads for nine taps as for two. pixels[kRows].
+  template <int kChannels, int kRows>
+  void square(const T* __restrict weight, SquareRows<T> rows, const Pixels* pixels, bool plain, bool stream) const {
+    Vec<T> sum[kChannels][kRows];
+    const ConvGather& p = finish.phase.p;
+#pragma GCC unroll 4
+    for (int c = 0; c < kChannels; ++c) {
+      const S* bias = static_cast<const S*>(p.bias) + finish.channel + c;
+      const Vec<T> start = broadcast<T>(p.bias ? T(to_float(*bias)) : T(0));
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) sum[c][r] = start;
+    }
+    for (int64_t k = 0; k < depth; k += 9, weight += 9 * kFewRows) {
+#pragma GCC unroll 8
+      for (int r = 2; r < kRows + 2; ++r) __builtin_prefetch(rows.at[r] + rows.ahead);
+      square_column<kChannels, kRows, 0>(rows, weight, sum);
+      square_column<kChannels, kRows, 1>(rows, weight + kFewRows, sum);
+      square_column<kChannels, kRows, 2>(rows, weight + 2 * kFewRows, sum);
+#pragma GCC unroll 16
+      for (int y = 0; y < kRows + 2; ++y) rows.at[y] += rows.step[y];
+    }
+    finish_tile<kChannels, kRows>(sum, pixels, 0, kChannels, plain, stream);
+  }
+
+ private:
+  template <int kChannels, int kRows, int kColumn>
+  FASTNETS_INLINE static void square_column(const SquareRows<T>& rows, const T* weight,
+                                            Vec<T> (&sum)[kChannels][kRows]) {
+    Vec<T> x[kRows + 2];
+#pragma GCC unroll 16
+    for (int y = 0; y < kRows + 2; ++y) {
+      const T* at = rows.at[y];
+      x[y] = load_between(at, rows.begin[0], rows.end[0]);
+      if constexpr (kColumn > 0) {
+        x[y] = shifted<T, kColumn>(x[y], load_between(at + kLanes<T>, rows.begin[1], rows.end[1]), at);
+      }
+      in_register<T>(x[y]);
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < 3; ++t, weight += 3 * kFewRows) {
+#pragma GCC unroll 4
+      for (int c = 0; c < kChannels; ++c) {
+        Vec<T> factor = broadcast<T>(weight[c]);
+        in_register<T>(factor);
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) sum[c][r] = fma<T>(x[r + t], factor, sum[c][r]);
+      }
+    }
+  }
+
+  template <int kRows, int kVectors>
+  FASTNETS_INLINE void finish_tile(const Vec<T> (&sum)[kRows][kVectors], const Pixels* pixels, int64_t first,
+                                   int channels, bool plain, bool stream) const {
+    const ConvGather& p = finish.phase.p;
     const int64_t channel = finish.phase.result.channel;
     if (plain) {
       S* to = static_cast<S*>(p.result) + first * channel;
@@ -87,6 +159,44 @@ struct PlanesTile {
     }
   }
 };
+
+// Results that PlanesTile::square computes, so many rows at a time; else 0.
+int square_rows(const Phase& phase) {
+  const auto three = [](const Axis& axis) { return axis.taps == 3 && axis.pull == 1 && axis.offset_step == 1; };
+  const int rows = phase.channels <= 2 ? kFewSquareRows : kSquareRows;
+  return kManyRegisters && phase.channels <= kFewRows && three(phase.axes[1]) && three(phase.axes[2]) ? rows : 0;
+}
+
+// The rows of results from `row`, a vector of them from `column`.
+template <class T>
+SquareRows<T> staged_rows(const Plane<T>& plane, const T* staged, int64_t row, int64_t column, int count) {
+  SquareRows<T> rows{{}, {}, 0, {0, 0}, {kLanes<T>, kLanes<T>}};
+  for (int y = 0; y < count + 2; ++y) {
+    rows.at[y] = staged + (row + y) * plane.line() + column, rows.step[y] = plane.height * plane.line();
+  }
+  return rows;
+}
+template <class T, class S>
+SquareRows<T> rows_in_place(const Phase& block, const S* source, const Strides& strides, int64_t row, int64_t column,
+                            int count) {
+  static constexpr T zeros[2 * kLanes<T>] = {};
+  SquareRows<T> rows{};
+  if constexpr (std::is_same_v<S, T>) {
+    const Axis* axes = block.axes;
+    const int64_t z = low(axes[0], 0), x = low(axes[2], column);
+    const auto lane = [](int64_t at) { return static_cast<int>(at < 0 ? 0 : at_most(at, kLanes<T>)); };
+    for (int v = 0; v < 2; ++v) {
+      rows.begin[v] = lane(-x - v * kLanes<T>), rows.end[v] = lane(axes[2].extent - x - v * kLanes<T>);
+    }
+    for (int i = 0; i < count + 2; ++i) {
+      const int64_t y = low(axes[1], row) + i;
+      const bool there = inside(axes[0], z) && inside(axes[1], y);
+      rows.at[i] = there ? source + z * strides.at[0] + y * strides.at[1] + x : zeros;
+      rows.step[i] = there ? strides.channel : 0;
+    }
+  }
+  return rows;
+}
 
 // Where every tap is alone and reads what lies at its result, a plane is one row.
 bool one_row(const Phase& phase) {
@@ -190,6 +300,8 @@ void gather_rows(const Phase& whole) {
   const int64_t outer = s.batch * s.groups, work = cut.height * cut.width * (depth + 1) * phase.channels;
   const int64_t source_pixels = phase.axes[0].extent * phase.axes[1].extent * phase.axes[2].extent;
   const int64_t result_pixels = phase.result_sizes[0] * phase.result_sizes[1] * phase.result_sizes[2];
+  const int square = square_rows(phase);
+  [[maybe_unused]] const int64_t next_image = s.groups * phase.source_channels * source_pixels;
   bool padded = false;
   for (const Axis& axis : phase.axes)
     padded |= !inside(axis, low(axis, 0)) || !inside(axis, low(axis, axis.count - 1) + axis.span());
@@ -206,9 +318,15 @@ void gather_rows(const Phase& whole) {
                         group * phase.source_channels * phase.source.channel;
       const T* from = nullptr;
       int64_t channel = plane.size();
-      const bool in_place = std::is_same_v<S, T> && row && phase.source.at[2] == 1 && width >= kLanes<T>;
+      const bool squares = square > 0 && height >= square;
+      const bool in_place = std::is_same_v<S, T> && phase.source.at[2] == 1 &&
+                            (squares ? block.axes[0].taps == 1 : row && width >= kLanes<T>);
       if constexpr (std::is_same_v<S, T>) {
-        if (in_place) from = source + low(block.axes[2], 0), channel = phase.source.channel;
+        if (in_place && squares) {
+          from = source;
+        } else if (in_place) {
+          from = source + low(block.axes[2], 0), channel = phase.source.channel;
+        }
       }
       if (!in_place) {
         const int64_t size = phase.source_channels * plane.size();
@@ -239,6 +357,33 @@ void gather_rows(const Phase& whole) {
         const int64_t first = panel * rows;
         const int channels = static_cast<int>(at_most(rows, phase.channels - first));
         const T* weight = packed + group * packed_size + first * depth;
+        if constexpr (kManyRegisters) {
+          if (squares) {
+            for (int64_t h = 0; h < height; h += square) {
+              const int64_t row = at_most(h, height - square);  // the last overlap those before
+              for (int64_t column = 0; column < width; column += kLanes<T>) {
+                SquareRows<T> rows;
+                if (in_place) {
+                  rows = rows_in_place<T>(block, source, phase.source, row, column, square);
+                  rows.ahead =
+                      h + square < height ? square * phase.source.at[1] : next_image - row * phase.source.at[1];
+                } else {
+                  rows = staged_rows(plane, from, row, column, square);
+                }
+                Pixels pixels[kFewSquareRows];
+                for (int r = 0; r < square; ++r) {
+                  pixels[r] = {0, origin + (row + r) * next_row + column * step,
+                               static_cast<int>(at_most(kLanes<T>, width - column))};
+                }
+                with_count<kFewRows>(channels, [&](auto n) {
+                  tile.template square<n.value, (n.value <= 2 ? kFewSquareRows : kSquareRows)>(weight, rows, pixels,
+                                                                                               plain, stream);
+                });
+              }
+            }
+            continue;
+          }
+        }
         for (Vectors<T> vector(plane); vector.row < height;) {
           Pixels pixels[kMostVectors];
           for (int v = 0; v < vectors; ++v) {

@@ -230,6 +230,18 @@ FASTNETS_INLINE Vec<Compute<S>> load_partial(const S* p, int n) {
   std::memcpy(buffer, p, static_cast<size_t>(n) * sizeof(S));
   return load(buffer);
 }
+// Lanes [begin, end); the others read as zero and are not touched in memory.
+template <class T>
+FASTNETS_INLINE Vec<T> load_between(const T* p, int begin, int end) {
+#if defined(__AVX512F__)
+  const unsigned lanes = end > begin ? ((1u << end) - 1u) & ~((1u << begin) - 1u) : 0u;
+  if constexpr (sizeof(T) == 4) return Vec<T>(_mm512_maskz_loadu_ps(lanes, p));
+  if constexpr (sizeof(T) == 8) return Vec<T>(_mm512_maskz_loadu_pd(lanes, p));
+#endif
+  Vec<T> v = {};
+  for (int i = begin; i < end; ++i) v[i] = p[i];
+  return v;
+}
 // The lanes to p[0], p[2], p[4], ...; what lies between them is not touched.
 template <class S>
 FASTNETS_INLINE void store_every_second(S* p, Vec<Compute<S>> v) {

@@ -100,10 +100,30 @@ struct PlanesTile {
 #pragma GCC unroll 16
       for (int y = 0; y < kRows + 2; ++y) rows.at[y] += rows.step[y];
     }
+    if (kChannels > 1 && step == kChannels) return finish_pixels<kChannels, kRows>(sum, pixels);
     finish_tile<kChannels, kRows>(sum, pixels, 0, kChannels, plain, stream);
   }
 
  private:
+  // All channels of a pixel lie beside each other: they get there by way of memory, as single stores are slow.
+  template <int kChannels, int kRows>
+  FASTNETS_INLINE void finish_pixels(const Vec<T> (&sum)[kChannels][kRows], const Pixels* pixels) const {
+    constexpr int lanes = kLanes<T>;
+    T turned[kRows][kChannels * lanes + kFewRows];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      T sums[kFewRows][lanes] = {};
+      for (int c = 0; c < kChannels; ++c) store(sums[c], sum[c][r]);
+      pack_quad<T>(sums[0], lanes, lanes, turned[r], kChannels);  // what a pixel has too much the next one overwrites
+    }
+    for (int r = 0; r < kRows; ++r) {
+      const int count = kChannels * pixels[r].lanes;
+      for (int i = 0; i < count; i += lanes) {
+        finish.write(load(turned[r] + i), pixels[r].to + i, static_cast<int>(at_most(lanes, count - i)), 1);
+      }
+    }
+  }
+
   template <int kChannels, int kRows, int kColumn>
   FASTNETS_INLINE static void square_column(const SquareRows<T>& rows, const T* weight,
                                             Vec<T> (&sum)[kChannels][kRows]) {
@@ -274,12 +294,15 @@ int64_t staged_bytes(const PlanesCut& cut) {
 template <class T>
 constexpr int64_t kLeastWidth = kPixelVectors * kLanes<T>;
 
+// Heights of `square` rows, if they are computed together; what is read in place may lie far.
 template <class T>
-PlanesCut cut_planes(const Phase& phase) {
+PlanesCut cut_planes(const Phase& phase, int square, bool in_place) {
   PlanesCut cut{phase, phase.axes[1].count, phase.axes[2].count};
-  const int64_t outer = phase.p.shape.batch * phase.p.shape.groups;
-  const auto large = [&] { return staged_bytes<T>(cut) > kStageBytes || outer * cut.count() < wanted_pieces(); };
-  while (cut.height > 1 && large()) cut.height = (cut.height + 1) / 2;
+  const int64_t outer = phase.p.shape.batch * phase.p.shape.groups, least = square > 0 ? square : 1;
+  const auto large = [&] {
+    return (!in_place && staged_bytes<T>(cut) > kStageBytes) || outer * cut.count() < wanted_pieces();
+  };
+  while (cut.height > least && large()) cut.height = round_up((cut.height + 1) / 2, least);
   while (cut.width > kLeastWidth<T> && large()) cut.width = round_up((cut.width + 1) / 2, kLeastWidth<T>);
   return cut;
 }
@@ -296,11 +319,13 @@ void gather_rows(const Phase& whole) {
   for (int64_t g = 0; g < s.groups; ++g) {
     pack_rows_of<T>(phase, static_cast<const S*>(phase.p.weight) + g * phase.group_stride, packed + g * packed_size);
   }
-  const PlanesCut cut = cut_planes<T>(phase);
+  const int square = square_rows(phase);
+  const bool squares_in_place =
+      square > 0 && std::is_same_v<S, T> && phase.source.at[2] == 1 && phase.axes[0].taps == 1;
+  const PlanesCut cut = cut_planes<T>(phase, square, squares_in_place);
   const int64_t outer = s.batch * s.groups, work = cut.height * cut.width * (depth + 1) * phase.channels;
   const int64_t source_pixels = phase.axes[0].extent * phase.axes[1].extent * phase.axes[2].extent;
   const int64_t result_pixels = phase.result_sizes[0] * phase.result_sizes[1] * phase.result_sizes[2];
-  const int square = square_rows(phase);
   [[maybe_unused]] const int64_t next_image = s.groups * phase.source_channels * source_pixels;
   bool padded = false;
   for (const Axis& axis : phase.axes)
@@ -319,8 +344,8 @@ void gather_rows(const Phase& whole) {
       const T* from = nullptr;
       int64_t channel = plane.size();
       const bool squares = square > 0 && height >= square;
-      const bool in_place = std::is_same_v<S, T> && phase.source.at[2] == 1 &&
-                            (squares ? block.axes[0].taps == 1 : row && width >= kLanes<T>);
+      const bool in_place =
+          squares ? squares_in_place : std::is_same_v<S, T> && row && phase.source.at[2] == 1 && width >= kLanes<T>;
       if constexpr (std::is_same_v<S, T>) {
         if (in_place && squares) {
           from = source;
@@ -332,7 +357,9 @@ void gather_rows(const Phase& whole) {
         const int64_t size = phase.source_channels * plane.size();
         T* staged = static_cast<T*>(scratch(kStageSlot, (size + kLanes<T>)*sizeof(T)));
         if (padded && piece != last) std::memset(staged, 0, static_cast<size_t>(size) * sizeof(T));
-        for (int64_t c = 0; c < phase.source_channels; ++c) {
+        const bool turned = phase.source.channel == 1 && phase.source.at[2] > 1 && block.axes[2].pull == 1;
+        if (turned) plane.stage_turned(source, phase.source, phase.source_channels, staged);
+        for (int64_t c = 0; c < phase.source_channels && !turned; ++c) {
           plane.stage(source + c * phase.source.channel, phase.source, 0, 0, staged + c * plane.size());
         }
         from = staged, last = piece;

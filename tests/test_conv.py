@@ -354,6 +354,22 @@ def test_infinities_stay_out_of_sums_that_they_are_no_part_of(channels, size, co
     assert torch.equal(grad.isfinite(), of_taps)
 
 
+@pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize("size", [9, 20])
+@pytest.mark.parametrize("column", [0, -1])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_infinities_of_a_depthwise_convolution(kernel, size, column, memory_format):
+    x = torch.randn(2, 3, size, size).to(memory_format=memory_format)
+    weight = torch.randn(3, 1, kernel, kernel, requires_grad=True)
+    x[0, 0, :, column] = torch.inf
+    y = fastnets.functional.conv2d(x, weight, groups=3)
+    (grad,) = torch.autograd.grad(y, weight, torch.ones_like(y))
+    expected, of_taps = torch.ones_like(y, dtype=torch.bool), torch.ones_like(weight, dtype=torch.bool)
+    expected[0, 0, :, column], of_taps[0, 0, :, column] = False, False
+    assert torch.equal(y.isfinite(), expected)
+    assert torch.equal(grad.isfinite(), of_taps)
+
+
 def test_eight_threads_share_a_layer():
     layer, x = fastnets.nn.Conv2d(16, 40, 3, padding=1), torch.randn(4, 16, 12, 12)
     expected = [y := layer(x), *gradients(y, list(layer.parameters()))]

@@ -38,9 +38,9 @@ Ahead next_rows(const S* source, const Strides& strides, int64_t row, const int6
                 const Axis* axes) {
   const int64_t lanes = kLanes<Compute<S>>, vectors = axes[1].count * ((axes[2].count + lanes - 1) / lanes);
   const int64_t bytes = channels * sizes[1] * sizes[2] * static_cast<int64_t>(sizeof(S));
-  const bool apart = strides.channel > 1;  // else the channels lie beside each other
+  const bool known = strides.channel > 1 && vectors > 0;  // else the channels lie beside each other
   return {reinterpret_cast<const char*>(source + channels * strides.channel + row * strides.at[1]),
-          apart ? bytes / vectors : 0};
+          known ? bytes / vectors : 0};
 }
 
 // The sums of a plane's results, to result[row][width]; past the last there is room for a vector.

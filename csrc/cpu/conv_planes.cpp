@@ -100,7 +100,8 @@ struct PlanesTile {
 #pragma GCC unroll 16
       for (int y = 0; y < kRows + 2; ++y) rows.at[y] += rows.step[y];
     }
-    if (kChannels > 1 && step == kChannels) return finish_pixels<kChannels, kRows>(sum, pixels);
+    const bool beside = finish.phase.result.channel == 1 && step == kChannels;  // a pixel's channels, and the pixels
+    if (kChannels > 1 && beside) return finish_pixels<kChannels, kRows>(sum, pixels);
     finish_tile<kChannels, kRows>(sum, pixels, 0, kChannels, plain, stream);
   }
 

@@ -110,6 +110,8 @@ CASES = [
     *_both("2x8x14x9 -> 40, 2x5, mixed", (2, 8, 14, 9), (40, 8, 2, 5), stride=(3, 2), padding=(1, 4), dilation=(2, 1)),
     *_both("2x6x19x20 -> 9, 3x3, dilation 3", (2, 6, 19, 20), (9, 6, 3, 3), padding=2, dilation=3),
     *_both("1x17x14x37 -> 3, 3x3", (1, 17, 14, 37), (3, 17, 3, 3), padding=(1, 0)),
+    *_both("2x2x37x34 -> 5, 5x5, stride 2", (2, 2, 37, 34), (5, 2, 5, 5), stride=2, padding=2),
+    *_both("1x3x40x58 -> 4, 7x7, stride 3", (1, 3, 40, 58), (4, 3, 7, 7), stride=3, padding=3),
     *_both("2x12x10x10 -> 18, 3x3, 3 groups", (2, 12, 10, 10), (18, 4, 3, 3), padding=1, groups=3),
     *_both("2x6x11x9 -> 5, 4x4, same", (2, 6, 11, 9), (5, 6, 4, 4), padding="same"),
     *_both("2x1x12x13 -> 32, 3x3", (2, 1, 12, 13), (32, 1, 3, 3)),

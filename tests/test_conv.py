@@ -435,9 +435,34 @@ def calls(draw):
     return name, (batch, ins * groups, *each(1, 9)), weight, outs * groups, options
 
 
+@st.composite
+def larger_calls(draw):
+    """As calls(), of two dimensions: large enough for kernels that want whole vectors, many rows or few channels."""
+    channels = st.one_of(st.integers(1, 4), st.integers(5, 40))
+    kernel = draw(st.sampled_from([(3, 3), (3, 3), (5, 5), (7, 7), (5, 3), (1, 1)]))
+    step, ins = draw(st.integers(1, 3)), draw(channels)
+    options = {"stride": step, "padding": draw(st.integers(0, 3)), "dilation": draw(st.sampled_from([1, 1, 2]))}
+    x = draw(st.integers(1, 2)), ins, draw(st.integers(8, 48)), draw(st.integers(8, 90))
+    if draw(st.booleans()):
+        outs = ins * draw(st.integers(1, 2))
+        return "conv2d", x, (outs, 1, *kernel), outs, {**options, "groups": ins}
+    outs = draw(channels)
+    return "conv2d", x, (outs, ins, *kernel), outs, options
+
+
+@settings(max_examples=400, deadline=None)
+@given(call=larger_calls(), data=st.data())
+def test_any_larger_shape(call, data):
+    check(call, data)
+
+
 @settings(max_examples=150, deadline=None)
 @given(call=calls(), data=st.data())
 def test_any_shape_and_option(call, data):
+    check(call, data)
+
+
+def check(call, data):
     name, x_shape, weight_shape, channels, options = call
     dtype = data.draw(st.sampled_from(FLOATING))
     x, weight, bias = torch.randn(x_shape), torch.randn(weight_shape), torch.randn(channels)

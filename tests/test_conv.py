@@ -453,7 +453,8 @@ def larger_calls(draw):
 @settings(max_examples=400, deadline=None)
 @given(call=larger_calls(), data=st.data())
 def test_any_larger_shape(call, data):
-    check(call, data)
+    depth = math.prod(call[2][1:])
+    check(call, data, weight_scale=depth**-0.5)  # sums of about 1: an activation leaves no larger error than they have
 
 
 @settings(max_examples=150, deadline=None)
@@ -462,10 +463,10 @@ def test_any_shape_and_option(call, data):
     check(call, data)
 
 
-def check(call, data):
+def check(call, data, weight_scale=1.0):
     name, x_shape, weight_shape, channels, options = call
     dtype = data.draw(st.sampled_from(FLOATING))
-    x, weight, bias = torch.randn(x_shape), torch.randn(weight_shape), torch.randn(channels)
+    x, weight, bias = torch.randn(x_shape), weight_scale * torch.randn(weight_shape), torch.randn(channels)
     x, weight, bias = (t.to(dtype).requires_grad_() for t in (x, weight, bias))
     if data.draw(st.booleans()):
         x = innermost(x)

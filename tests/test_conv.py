@@ -1,6 +1,5 @@
 """The convolutions beyond the operator table: PyTorch's samples and errors, modules, gradients, callers, bad input."""
 
-import contextlib
 import copy
 import io
 import itertools
@@ -13,8 +12,7 @@ import threading
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from convolutions import FLOATING, gradients, innermost
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
 
@@ -26,23 +24,12 @@ NAMES = [f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3)]
 CLASSES = [f"Conv{kind}{n}d" for kind in ("", "Transpose") for n in (1, 2, 3)]
 OPERATORS = [op for op in op_db if op.name.removeprefix("nn.functional.") in NAMES]
 MODULES = [info for info in module_db if info.module_cls.__name__ in CLASSES]
-FLOATING = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 
 
 def short(value) -> str:
     return getattr(value, "name", str(value)).removeprefix("nn.functional.").removeprefix("torch.")
-
-
-def innermost(t: torch.Tensor) -> torch.Tensor:
-    """The same tensor with its channels innermost in memory."""
-    return t.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
-def gradients(outputs: torch.Tensor, inputs: list[torch.Tensor], seed: int = 7) -> tuple[torch.Tensor, ...]:
-    weight = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(seed)).to(outputs.dtype)
-    return torch.autograd.grad(outputs, inputs, weight)
 
 
 # ---- PyTorch's samples -----------------------------------------------------------------------------------------------
@@ -412,89 +399,7 @@ def test_fork_after_use():
     )
 
 
-# ---- any input -------------------------------------------------------------------------------------------------------
-
-
-@st.composite
-def calls(draw):
-    """A function's name, the shapes of input, weight and bias, and options, most of them valid."""
-    dims, transposed = draw(st.integers(1, 3)), draw(st.booleans())
-    groups, ins, outs = draw(st.integers(1, 3)), draw(st.integers(1, 5)), draw(st.integers(1, 20))
-
-    def each(low, high):
-        return tuple(draw(st.integers(low, high)) for _ in range(dims))
-
-    batch = draw(st.integers(0, 3))
-    options = {"stride": each(1, 3), "padding": each(0, 3), "dilation": each(1, 3), "groups": groups}
-    if transposed:
-        options["output_padding"] = each(0, 1)
-        weight = (ins * groups, outs, *each(1, 4))
-    else:
-        weight = (outs * groups, ins, *each(1, 4))
-    name = f"conv{'_transpose' if transposed else ''}{dims}d"
-    return name, (batch, ins * groups, *each(1, 9)), weight, outs * groups, options
-
-
-@st.composite
-def larger_calls(draw):
-    """As calls(), of two dimensions: large enough for kernels that want whole vectors, many rows or few channels."""
-    channels = st.one_of(st.integers(1, 4), st.integers(5, 40))
-    kernel = draw(st.sampled_from([(3, 3), (3, 3), (5, 5), (7, 7), (5, 3), (1, 1)]))
-    step, ins = draw(st.integers(1, 3)), draw(channels)
-    options = {"stride": step, "padding": draw(st.integers(0, 3)), "dilation": draw(st.sampled_from([1, 1, 2]))}
-    x = draw(st.integers(1, 2)), ins, draw(st.integers(8, 48)), draw(st.integers(8, 90))
-    if draw(st.booleans()):
-        outs = ins * draw(st.integers(1, 2))
-        return "conv2d", x, (outs, 1, *kernel), outs, {**options, "groups": ins}
-    outs = draw(channels)
-    return "conv2d", x, (outs, ins, *kernel), outs, options
-
-
-@settings(max_examples=400, deadline=None)
-@given(call=larger_calls(), data=st.data())
-def test_any_larger_shape(call, data):
-    depth = math.prod(call[2][1:])
-    check(call, data, weight_scale=depth**-0.5)  # sums of about 1: an activation leaves no larger error than they have
-
-
-@settings(max_examples=150, deadline=None)
-@given(call=calls(), data=st.data())
-def test_any_shape_and_option(call, data):
-    check(call, data)
-
-
-def check(call, data, weight_scale=1.0):
-    name, x_shape, weight_shape, channels, options = call
-    dtype = data.draw(st.sampled_from(FLOATING))
-    x, weight, bias = torch.randn(x_shape), weight_scale * torch.randn(weight_shape), torch.randn(channels)
-    x, weight, bias = (t.to(dtype).requires_grad_() for t in (x, weight, bias))
-    if data.draw(st.booleans()):
-        x = innermost(x)
-    activation = data.draw(st.sampled_from(list(ACTIVATIONS)))
-    try:
-        y = getattr(functional, name)(x, weight, bias, **options, activation=activation)
-    except ValueError:
-        # In float64: oneDNN's own float32 convolution is not safe on every shape.
-        # What it takes that ours refuses is empty.
-        with contextlib.suppress(RuntimeError):
-            stock = getattr(torch.nn.functional, name)(x.double(), weight.double(), bias.double(), **options)
-            assert stock.numel() == 0
-        return
-    if y.numel() == 0:
-        return
-    stock = ACTIVATIONS[activation](
-        getattr(torch.nn.functional, name)(x.double(), weight.double(), bias.double(), **options)
-    )
-    leaves = [x, weight, bias]
-    expected = [stock, *gradients(stock, leaves)]
-    # Sums of n products lose a few epsilons of their largest term; 16 bits round the intermediate gradient as well.
-    size = max(16, y.numel() // channels, weight[0].numel())
-    tolerance = torch.finfo(dtype).eps * 4 * size**0.5
-    for found, true in zip([y, *gradients(y, leaves)], expected, strict=True):
-        scale = max(1.0, true.abs().max().item())
-        assert found.shape == true.shape
-        assert (found.double() - true.double()).abs().max().item() <= tolerance * scale
-
+# ---- bad input -------------------------------------------------------------------------------------------------------
 
 BAD = [
     ({"stride": 0}, ValueError, "stride"),

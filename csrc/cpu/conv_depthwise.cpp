@@ -147,9 +147,7 @@ struct SquareTile {
   bool plain = finish.plain(), streams = plain && finish.streams(phase.channels);
 
   static bool takes(const Phase& phase) {
-    const Axis* axes = phase.axes;
-    const auto neighbours = [](const Axis& axis) { return axis.taps == 3 && axis.pull == 1 && axis.offset_step == 1; };
-    return axes[0].taps == 1 && neighbours(axes[1]) && neighbours(axes[2]);
+    return phase.axes[0].taps == 1 && three_neighbours(phase.axes[1]) && three_neighbours(phase.axes[2]);
   }
 
   // Results from `w`, all channels; `to` is the first row's first.

@@ -9,7 +9,6 @@ namespace {
 constexpr int kResults = kVectorBytes == 16 ? 4 : 6;  // vectors of results in registers, wherever they lie
 constexpr int kMostRows = 8, kFewRows = 4;            // or below each other
 constexpr int kTapsDown = 3;                          // of a column of the kernel, in registers at once
-constexpr bool kManyRegisters = kVectorBytes == 64;   // for all nine taps of a kernel of three times three
 constexpr int kTapsTogether = 9;                      // of the weight's gradient, in registers at once
 constexpr int64_t kPlaneBytes = 64 << 10;             // of a staged plane
 

@@ -12,8 +12,6 @@ constexpr int kPixelVectors = 2;
 constexpr int kFewRows = 4, kFewVectors = kTileRows * kPixelVectors / kFewRows;
 constexpr int kMostVectors = kFewVectors > kPixelVectors ? kFewVectors : kPixelVectors;
 
-// Registers for the sums of some rows and the source's rows that they take.
-constexpr bool kManyRegisters = kVectorBytes == 64;
 constexpr int kSquareRows = 4, kFewSquareRows = 8;  // of results; the latter of one or two channels
 
 // Of one panel of the weight.
@@ -183,9 +181,11 @@ struct PlanesTile {
 
 // Results that PlanesTile::square computes, so many rows at a time; else 0.
 int square_rows(const Phase& phase) {
-  const auto three = [](const Axis& axis) { return axis.taps == 3 && axis.pull == 1 && axis.offset_step == 1; };
   const int rows = phase.channels <= 2 ? kFewSquareRows : kSquareRows;
-  return kManyRegisters && phase.channels <= kFewRows && three(phase.axes[1]) && three(phase.axes[2]) ? rows : 0;
+  return kManyRegisters && phase.channels <= kFewRows && three_neighbours(phase.axes[1]) &&
+                 three_neighbours(phase.axes[2])
+             ? rows
+             : 0;
 }
 
 // The rows of results from `row`, a vector of them from `column`.

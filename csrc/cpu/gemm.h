@@ -112,8 +112,7 @@ void pack_panel(const S* from, int64_t from_line, int64_t from_step, int lines, 
   for (int64_t p = 0; quads > 0 && p < k; p += kPackStretch) {
     const int64_t stretch = at_most(kPackStretch, k - p);
     for (int line = 0; line < quads; line += 4) {
-      fetch_quad(line + 4 < quads ? from + (line + 4) * from_line + p : from + p + kPackStretch, from_line,
-                 kPackStretch);
+      fetch_quad(line + 4 < quads ? from + (line + 4) * from_line + p : from + p + stretch, from_line, stretch);
       pack_quad(from + line * from_line + p, from_line, stretch, to + p * kWidth + line, kWidth);
     }
   }

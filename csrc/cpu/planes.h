@@ -14,6 +14,11 @@ inline int64_t low(const Axis& axis, int64_t j) { return j * axis.pull + axis.of
 
 inline bool inside(const Axis& axis, int64_t position) { return position >= 0 && position < axis.extent; }
 
+// Three taps beside each other for results beside each other.
+inline bool three_neighbours(const Axis& axis) { return axis.taps == 3 && axis.pull == 1 && axis.offset_step == 1; }
+
+constexpr bool kManyRegisters = kVectorBytes == 64;  // for the nine taps of a kernel of three times three, or its sums
+
 // Rows of results of one channel, and what they take of its source: staged [tap d][row][remainder][column], where a
 // column is `pull` positions of the source from the next.
 template <class T>

@@ -1,6 +1,6 @@
 // The convolution operators on every device: from torch's tensors to the kernels' parameters. A Device has forward,
 // grad_input, grad_weight and grad_epilogue: each starts its kernel for parameters that lie where the given tensor
-// does.
+// does. kSumsBias: whether grad_weight's sums the bias's gradient too.
 #pragma once
 
 #include <tuple>
@@ -143,8 +143,8 @@ ConvResult conv_grad_input(const Tensor& grad, const Tensor& weight, const std::
 }
 
 template <class Device>
-Tensor conv_grad_weight(const Tensor& grad, const Tensor& x, const Tensor& weight, Ints stride, Ints padding,
-                        Ints dilation, int64_t groups, bool channels_last, bool tf32) {
+ConvResult conv_grad_weight(const Tensor& grad, const Tensor& x, const Tensor& weight, Ints stride, Ints padding,
+                            Ints dilation, int64_t groups, bool channels_last, bool tf32, bool bias) {
   const ConvShape shape =
       shape_of(weight, x.size(0), spatial(x), spatial(grad), {stride, padding, dilation, groups, channels_last, tf32});
   check_dim(grad, weight.dim(), "grad");
@@ -156,11 +156,20 @@ Tensor conv_grad_weight(const Tensor& grad, const Tensor& x, const Tensor& weigh
     check_format(t, channels_last, name);
   }
   Tensor grad_weight = torch::stable::empty_like(weight);
-  if (grad.numel() == 0) return torch::stable::fill_(grad_weight, 0.0);
-  ConvGradWeight p{as_it_lies(shape), grad.data_ptr(), x.data_ptr(), grad_weight.data_ptr()};
+  Tensor grad_bias = torch::stable::new_empty(grad, {bias && Device::kSumsBias ? grad.size(1) : 0});
+  if (bias && !Device::kSumsBias) {
+    Ints over;
+    for (int64_t d = 0; d < grad.dim(); ++d) {
+      if (d != 1) over.push_back(d);
+    }
+    grad_bias = torch::stable::sum(grad, over);
+  }
+  if (grad.numel() == 0) return {torch::stable::fill_(grad_weight, 0.0), torch::stable::fill_(grad_bias, 0.0)};
+  ConvGradWeight p{as_it_lies(shape), grad.data_ptr(), x.data_ptr(), grad_weight.data_ptr(),
+                   bias && Device::kSumsBias ? grad_bias.data_ptr() : nullptr};
   fill_weight_strides(p.shape, grad_weight);
   Device::grad_weight(p, grad_weight);
-  return grad_weight;
+  return {grad_weight, grad_bias};
 }
 
 template <class Device>

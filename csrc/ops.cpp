@@ -22,10 +22,10 @@ STABLE_TORCH_LIBRARY(FASTNETS_LIBRARY, m) {
       "conv_grad_input(Tensor grad, Tensor weight, Tensor? bias, Tensor? residual, SymInt[] size, int[] stride, "
       "int[] padding, int[] dilation, int groups, bool channels_last, bool tf32, int activation, bool keep) -> "
       "(Tensor, Tensor)");
-  // The gradient in weight, of weight's shape and strides.
+  // The gradient in weight, of weight's shape and strides, and, with bias, in the bias (else nothing).
   m.def(
       "conv_grad_weight(Tensor grad, Tensor x, Tensor weight, int[] stride, int[] padding, int[] dilation, "
-      "int groups, bool channels_last, bool tf32) -> Tensor");
+      "int groups, bool channels_last, bool tf32, bool bias) -> (Tensor, Tensor)");
   // The gradient in the activation's input; saved: that input (gelu, silu) or its output (relu, sigmoid, tanh).
   m.def("conv_grad_epilogue(Tensor grad, Tensor saved, int activation) -> Tensor");
   // One recurrent layer in one direction over a whole sequence, as fastnets.reference.recurrent defines it: x[T, B, I],

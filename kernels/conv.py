@@ -439,13 +439,16 @@ def conv_grad_input(
     return y, y.new_empty(0) if kept is None else kept
 
 
-def conv_grad_weight(grad, x, weight, stride, padding, dilation, groups, channels_last, tf32) -> Tensor:
-    """The gradient in weight, of its shape and strides; see csrc/ops.cpp."""
+def conv_grad_weight(
+    grad, x, weight, stride, padding, dilation, groups, channels_last, tf32, bias
+) -> tuple[Tensor, Tensor]:
+    """The gradient in weight, of its shape and strides, and in the bias; see csrc/ops.cpp."""
     result = torch.empty_like(weight)
+    grad_bias = grad.sum((0, *range(2, grad.dim()))) if bias else grad.new_empty(0)
     taps, channels, outs = math.prod(weight.shape[2:]), weight.size(1), weight.size(0) // groups
     pixels = grad.size(0) * math.prod(grad.shape[2:])
     if result.numel() == 0 or pixels == 0 or x.numel() == 0:
-        return result.zero_()
+        return result.zero_(), grad_bias
     direct = groups > 1 and channels * outs < _FEW
     if not direct:
         grad = _last(grad)
@@ -488,7 +491,7 @@ def conv_grad_weight(grad, x, weight, stride, padding, dilation, groups, channel
         tile = {"M": min(m, 64), "N": n, "K": depth, "num_warps": warps, "num_stages": stages}
         exact = *weight.shape[2:], *stride, groups > 1, multiply
         total = run(tuned("conv_weight", x, (pixels, channels, outs), exact, tile, run))
-    return result.copy_(total.mT.reshape(weight.shape))
+    return result.copy_(total.mT.reshape(weight.shape)), grad_bias
 
 
 def conv_grad_epilogue(grad: Tensor, saved: Tensor, activation: int) -> Tensor:

@@ -248,7 +248,8 @@ def test_opcheck():
         torch.library.opcheck(ops.conv_forward, (x, weight, bias, residual, [3, 3], *geometry, *epilogue))
         y = ops.conv_forward(x, weight, None, None, [3, 3], *geometry, 0, False)[0]
         torch.library.opcheck(ops.conv_grad_input, (y, weight, None, None, [6, 5], *geometry, *epilogue))
-        torch.library.opcheck(ops.conv_grad_weight, (y, x, weight, *geometry))
+        for with_bias in (False, True):
+            torch.library.opcheck(ops.conv_grad_weight, (y, x, weight, *geometry, with_bias))
         torch.library.opcheck(ops.conv_grad_epilogue, (y, y.clone(), activation))
 
 

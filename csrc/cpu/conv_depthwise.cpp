@@ -5,6 +5,7 @@
 //   otherwise: lanes are pixels of a row (conv_depthwise_planes.cpp)
 #include <utility>
 
+#include "conv_bias.h"
 #include "planes.h"
 
 namespace fastnets::FASTNETS_ISA {
@@ -360,6 +361,7 @@ void grad_weight_channels(const ConvGradWeight& p) {
   // the room past the last is computed and dropped.
   const int64_t shares = at_most(rows > 0 ? rows : 1, threads), size = (taps + kTapsTogether) * width;
   T* all = static_cast<T*>(scratch(kWeightSlot, panels * shares * size * sizeof(T)));
+  const BiasSums<T> bias(p, shares);
   const int64_t work = rows / shares * axes[2].count * channels * taps;
   parallel(shares, kGrain / (work + 1) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t share = begin; share < end; ++share) {
@@ -402,9 +404,11 @@ void grad_weight_channels(const ConvGradWeight& p) {
           }
         }
         flush();
+        if (bias) add_pixels(grad, g.at[2], axes[2].count, channels, bias.piece(share));
       }
     }
   });
+  bias.template write<S>();
   for (int64_t tap = 0; tap < taps; ++tap) {
     S* to = static_cast<S*>(p.grad_weight) + tap % s.kernel[2] * s.weight_strides[4] +
             tap / s.kernel[2] % s.kernel[1] * s.weight_strides[3] +

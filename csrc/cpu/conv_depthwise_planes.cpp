@@ -1,6 +1,7 @@
 // Depthwise convolution whose lanes are pixels of a row: a plane's rows are copied once, with their padding, where a
 // stride would part the lanes apart by their remainder, so that every tap is a load. Where results lie below each other
 // as their taps do, a row of the source is loaded once for all the rows of results that take it.
+#include "conv_bias.h"
 #include "planes.h"
 
 namespace fastnets::FASTNETS_ISA {
@@ -358,6 +359,7 @@ void grad_weight(const ConvGradWeight& p) {
   const int64_t room = round_up(taps, kTapsTogether), size = room * kLanes<T>;
   const bool square = taps_follow(axes[1]) && axes[1].taps == 3 && axes[2].taps == 3 && columns_follow(axes[2]);
   T* all = static_cast<T*>(scratch(kWeightSlot, channels * size * sizeof(T)));
+  const BiasSums<T> bias(p, 1);
   const int64_t work = s.batch * axes[0].count * axes[1].count * axes[2].count * taps;
   parallel(channels, kGrain / (work + 1) + 1, [&](int64_t begin, int64_t end) {
     int64_t* offsets = static_cast<int64_t*>(scratch(kRunSlot, (room + 1) * sizeof(int64_t)));
@@ -383,6 +385,7 @@ void grad_weight(const ConvGradWeight& p) {
             T* sums = all + channel * size + tap * kLanes<T>;
             square ? of.square(offsets + tap, sums) : of.taps(offsets + tap, sums);
           }
+          if (bias) bias.piece(0)[channel] += sum_rows<T>(grad, g, plane.count, axes[2].count);
         }
       }
     }
@@ -395,6 +398,7 @@ void grad_weight(const ConvGradWeight& p) {
       }
     }
   });
+  bias.template write<S>();
 }
 
 }  // namespace

@@ -4,6 +4,7 @@ namespace fastnets {
 namespace {
 
 struct Cpu {
+  static constexpr bool kSumsBias = true;
   static void forward(const ConvGather& p, const Tensor&) { kernels().conv_forward(p); }
   static void grad_input(const ConvGather& p, const Tensor&) { kernels().conv_grad_input(p); }
   static void grad_weight(const ConvGradWeight& p, const Tensor&) { kernels().conv_grad_weight(p); }

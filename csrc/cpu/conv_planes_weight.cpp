@@ -1,6 +1,7 @@
 // The weight's gradient where the lanes of a vector are pixels of a row, for tensors of planes with few channels in x:
 // nothing is transposed. A register tile is some output channels by some elements of the sum, each a vector of partial
 // sums, which are added up once a block. Pieces of the work are added in their order, as in conv_weight.cpp.
+#include "conv_bias.h"
 #include "planes.h"
 
 namespace fastnets::FASTNETS_ISA {
@@ -26,8 +27,8 @@ struct PlanesWeight {
   int64_t cuts() const { return (s.out[1] + rows - 1) / rows; }
   int64_t blocks() const { return s.batch * s.out[0] * cuts(); }
 
-  // sums[out channel][element] += the products of one block of rows.
-  void accumulate(int64_t block, int64_t group, T* sums) const {
+  // sums[out channel][element] += the products of one block of rows, bias[out channel], if any, its gradient.
+  void accumulate(int64_t block, int64_t group, T* sums, T* bias) const {
     const int64_t h = block % cuts() * rows, d = block / cuts() % s.out[0], image = block / cuts() / s.out[0];
     const Plane<T> plane(axes, at_most(rows, s.out[1] - h));
     const int64_t size = s.in_channels * plane.size();
@@ -49,6 +50,9 @@ struct PlanesWeight {
         with_count<kElements>(elements, [&](auto n) {
           tile<n.value>(plane, from + k * grad.channel, outs, staged, offsets + e, sums + k * depth + e);
         });
+      }
+      for (int64_t c = k; bias && c < k + outs; ++c) {
+        bias[c] += sum_rows<T>(from + c * grad.channel, grad, plane.count, s.out[2]);
       }
     }
   }
@@ -98,15 +102,20 @@ void grad_weight(const ConvGradWeight& p, const Axis (&axes)[3]) {
   const int64_t size = s.groups * s.out_channels * of.depth, blocks = of.blocks();
   const int64_t chunks = at_most((thread_count() + s.groups - 1) / s.groups, blocks), pieces = chunks * s.groups;
   T* sums = static_cast<T*>(scratch(kWeightSlot, chunks * size * sizeof(T)));
+  const BiasSums<T> bias(p, chunks);
   const int64_t work = blocks * of.rows * s.out[2] * s.out_channels * of.depth / chunks + 1;
   parallel(pieces, kGrain / work + 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t group = i % s.groups, chunk = i / s.groups;
       T* to = sums + chunk * size + group * s.out_channels * of.depth;
       std::memset(to, 0, static_cast<size_t>(s.out_channels * of.depth) * sizeof(T));
-      for (int64_t b = blocks * chunk / chunks; b < blocks * (chunk + 1) / chunks; ++b) of.accumulate(b, group, to);
+      T* bias_to = bias ? bias.piece(chunk) + group * s.out_channels : nullptr;
+      for (int64_t b = blocks * chunk / chunks; b < blocks * (chunk + 1) / chunks; ++b) {
+        of.accumulate(b, group, to, bias_to);
+      }
     }
   });
+  bias.template write<S>();
   const int64_t* strides = s.weight_strides;
   const T* from = sums;
   for (int64_t k = 0; k < s.groups * s.out_channels; ++k) {

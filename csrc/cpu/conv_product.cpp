@@ -1,7 +1,7 @@
 // Pointwise convolutions, which linear layers are too, as matrix products: every result takes one position of the
 // source, so that both are matrices where they lie.
 
-#include "conv.h"
+#include "conv_bias.h"
 
 namespace fastnets::FASTNETS_ISA {
 namespace {
@@ -52,6 +52,34 @@ void end_sums(const ConvGather& p, const T* bias, T* sums, int64_t row, int64_t 
       store_partial<T>(sums + j, activate<T>(p.activation, value), n);
     }
   }
+}
+
+// The bias's gradient by itself: nothing but the products' packing reads the gradient.
+template <class T>
+void add_bias(const ConvGradWeight& p, int64_t pixels) {
+  const ConvShape& s = p.shape;
+  const int64_t channels = s.groups * s.out_channels, images = s.batch;
+  if (s.channels_last) {
+    const int64_t all = images * pixels, pieces = at_most(all, thread_count());
+    const BiasSums<T> bias(p, pieces);
+    parallel(pieces, kGrain * pieces / (all * channels) + 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t first = all * i / pieces, past = all * (i + 1) / pieces;
+        add_pixels(static_cast<const T*>(p.grad) + first * channels, channels, past - first, channels, bias.piece(i));
+      }
+    });
+    return bias.template write<T>();
+  }
+  const BiasSums<T> bias(p, 1);
+  const Strides plane = strides_of(false, channels, s.out);
+  parallel(channels, kGrain / (images * pixels) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = 0; i < images; ++i) {
+      for (int64_t c = begin; c < end; ++c) {
+        bias.piece(0)[c] += sum_rows<T>(static_cast<const T*>(p.grad) + (i * channels + c) * pixels, plane, 1, pixels);
+      }
+    }
+  });
+  bias.template write<T>();
 }
 
 }  // namespace
@@ -115,6 +143,7 @@ bool product_grad_weight(const ConvGradWeight& p, const Axis (&axes)[3]) {
         }
       }
     }
+    if (p.grad_bias) add_bias<T>(p, plane);
   });
   return true;
 }

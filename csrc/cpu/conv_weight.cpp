@@ -3,7 +3,7 @@
 // own, packed as the weight is forwards; the buffers are added in their order, so the result depends on the number of
 // threads at most, never on their timing.
 
-#include "conv.h"
+#include "conv_bias.h"
 
 namespace fastnets::FASTNETS_ISA {
 namespace {
@@ -78,10 +78,10 @@ Ahead next_block(const Problem& problem, const Block& block, const S* source, in
           follows ? rows * row * static_cast<int64_t>(sizeof(S)) / tiles : 0};
 }
 
-// Adds one block's products to sums [panels of the share][depth][columns].
+// Adds one block's products to sums [panels of the share][depth][columns], and its gradient to the bias's, if any.
 template <class T, class S>
 void accumulate(const Problem& problem, int64_t image, const Block& block, int64_t group, int64_t panel_begin,
-                int64_t panel_end, T* sums) {
+                int64_t panel_end, T* sums, T* bias) {
   const ConvShape& s = problem.p.shape;
   const int64_t height = block.axes[1].count, width = block.axes[2].count;
   const int64_t in_pixels = s.in[0] * s.in[1] * s.in[2], out_pixels = s.out[0] * s.out[1] * s.out[2];
@@ -115,6 +115,9 @@ void accumulate(const Problem& problem, int64_t image, const Block& block, int64
     if (!in_place) {
       const auto stage_panel = vectors == kTileVectors ? stage_grad<T, kTileVectors, S> : stage_grad<T, 1, S>;
       stage_panel(grad + first * problem.grad.channel, problem.grad, block, columns, staged_grad);
+    }
+    for (int64_t h = 0; bias && h < height; ++h) {
+      add_pixels(read + h * line, vectors * kLanes<T>, width, columns, bias + group * s.out_channels + first);
     }
     T* to = sums + (panel - panel_begin) * kTileCols<T> * problem.depth;
     for (const Run* run = runs; run < runs + count; ++run) {
@@ -173,6 +176,7 @@ void grad_weight(Problem& problem) {
     }
   }
   T* sums = static_cast<T*>(scratch(kWeightSlot, problem.chunks * size * sizeof(T)));
+  const BiasSums<T> bias(problem.p, problem.chunks);
   const int64_t pieces = problem.chunks * s.groups * problem.shares, blocks = problem.blocks();
   const int64_t work = blocks * problem.cut.size[1] * problem.cut.size[2] * group_size / pieces + 1;
   parallel(pieces, kGrain / work + 1, [&](int64_t begin, int64_t end) {
@@ -184,7 +188,8 @@ void grad_weight(Problem& problem) {
       std::memset(to, 0, static_cast<size_t>((past - first) * kTileCols<T> * problem.depth) * sizeof(T));
       for (int64_t b = blocks * chunk / problem.chunks; b < blocks * (chunk + 1) / problem.chunks; ++b) {
         const int64_t image = b / problem.cut.count(), index = b % problem.cut.count();
-        accumulate<T, S>(problem, image, problem.cut.block(index), group, first, past, to);
+        accumulate<T, S>(problem, image, problem.cut.block(index), group, first, past, to,
+                         bias ? bias.piece(chunk) : nullptr);
       }
     }
   });
@@ -195,6 +200,7 @@ void grad_weight(Problem& problem) {
       write<T, S>(problem, group, panel, sums + group * group_size + panel * kTileCols<T> * problem.depth, size);
     }
   });
+  bias.template write<S>();
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 // on the number of threads at most, never on their timing.
 #include <atomic>
 
+#include "conv_bias.h"
 #include "winograd.h"
 
 namespace fastnets::FASTNETS_ISA {
@@ -108,13 +109,14 @@ struct WinogradWeight {
     int64_t sum_plane() const { return row() * col() + kPad; }
   };
 
-  // [tile][channel] of each point, of the strip's part of a source.
+  // [tile][channel] of each point, of the strip's part of a source, whose pixels are added to `bias`, if any.
   template <int kSide, class Transform>
   void transform_strip(const S* from, const Strides& strides, const Axis* along, const Strip& strip, int64_t channels,
-                       const Transform& apply, T* to, int64_t row, int64_t plane) const {
+                       const Transform& apply, T* to, int64_t row, int64_t plane, T* bias = nullptr) const {
     const Block block = Strips::whole(along, strip, channels);
     T* staged = static_cast<T*>(scratch(kStageSlot, block.elements() * sizeof(T)));
     stage(from, strides, along, block, channels, staged);
+    if (bias) add_pixels(staged, block.channels, block.pixels(), channels, bias);  // zeros past the border
     for (int64_t tile = 0; tile < strip.tiles; ++tile, to += row) {
       for (int64_t c = 0; c < channels; c += kLanes<T>) {
         const T* at = staged + tile * kOut * block.stride(2) + c;
@@ -127,8 +129,8 @@ struct WinogradWeight {
     }
   }
 
-  // Adds the products of strips [begin, end) to the share's sums.
-  void accumulate(const Share& share, int64_t begin, int64_t end, T* sums) const {
+  // Adds the products of strips [begin, end) to the share's sums, and their gradient to its bias's, if any.
+  void accumulate(const Share& share, int64_t begin, int64_t end, T* sums, T* bias) const {
     const ConvShape& s = p.shape;
     const int64_t in_pixels = s.in[0] * s.in[1] * s.in[2], out_pixels = s.out[0] * s.out[1] * s.out[2];
     T* left = static_cast<T*>(scratch(kTransformSlot, kPoints * (share.x_plane() + share.grad_plane()) * sizeof(T)));
@@ -147,7 +149,7 @@ struct WinogradWeight {
         transform_strip<kOut>(
             from_grad + now.image * s.groups * s.out_channels * out_pixels, grad, grad_axes, now, share.cols,
             [](const auto& y, auto& t) { grad_transform(y, t); }, right + tiles * share.col(), share.col(),
-            share.grad_plane());
+            share.grad_plane(), bias);
         tiles += now.tiles;
       }
       for (int64_t point = 0; point < kPoints; ++point) {
@@ -220,13 +222,18 @@ struct WinogradWeight {
     const int64_t wanted = threads > 1 && shares < 4 * threads ? (2 * threads + shares - 1) / shares : 1;
     const int64_t chunks = at_most(wanted, at_most(count, buffers));
     T* sums = static_cast<T*>(scratch(kWeightSlot, chunks * shares * size * sizeof(T)));
+    const BiasSums<T> bias(p, chunks);
     parallel(chunks * shares, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t chunk = i / shares;
+        const Share share = share_of(i % shares);
+        T* bias_to =
+            bias && share.first_row == 0 ? bias.piece(chunk) + share.group * s.out_channels + share.first_col : nullptr;
         std::memset(sums + i * size, 0, static_cast<size_t>(size) * sizeof(T));
-        accumulate(share_of(i % shares), count * chunk / chunks, count * (chunk + 1) / chunks, sums + i * size);
+        accumulate(share, count * chunk / chunks, count * (chunk + 1) / chunks, sums + i * size, bias_to);
       }
     });
+    bias.template write<S>();
     std::atomic<bool> finite{true};
     parallel(shares, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {

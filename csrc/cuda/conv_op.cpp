@@ -12,6 +12,7 @@ Tensor workspace(const Tensor& like, size_t bytes) {
 }
 
 struct Gpu {
+  static constexpr bool kSumsBias = false;
   static void forward(const ConvGather& p, const Tensor& on) {
     const Queue queue(on);
     const Tensor memory = workspace(on, cuda::conv_forward_workspace(p));

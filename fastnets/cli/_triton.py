@@ -115,7 +115,7 @@ def _conv(dtype: torch.dtype, channels: int, outs: int, groups: int, size: int =
     options = ((1, 1), (1, 1), (1, 1), groups, True, False)
     conv.conv_forward(x, weight, y[0, :, 0, 0], y, (size, size), *options, 2, True)
     conv.conv_grad_input(y, weight, None, None, (size, size), *options, 0, False)
-    conv.conv_grad_weight(y, x, weight, *options)
+    conv.conv_grad_weight(y, x, weight, *options, True)
     conv.conv_grad_epilogue(y, y, 2)
 
 

@@ -45,14 +45,18 @@ class _Conv(_autograd.Call):
         grad = _formatted(grads[0], self.channels_last)
         if self.activation is not None:
             grad = self.operators.conv_grad_epilogue(grad, outputs[-1], ACTIVATIONS.index(self.activation))
-        grad_x = grad_weight = None
+        grad_x = grad_weight = grad_bias = None
         if needs[0]:
             operator = self.operators.conv_forward if self.transposed else self.operators.conv_grad_input
             grad_x = operator(grad, weight, None, None, x.shape[2:], *self.options, 0, False)[0]
         if needs[1]:
             ends = (x, grad) if self.transposed else (grad, x)
-            grad_weight = self.operators.conv_grad_weight(*ends, weight, *self.options)
-        grad_bias = grad.sum((0, *range(2, grad.dim()))) if needs[2] else None
+            with_bias = needs[2] and not self.transposed
+            grad_weight, grad_bias = self.operators.conv_grad_weight(*ends, weight, *self.options, with_bias)
+        if not needs[2]:
+            grad_bias = None
+        elif self.transposed or not needs[1]:
+            grad_bias = grad.sum((0, *range(2, grad.dim())))
         return grad_x, grad_weight, grad_bias, grad if needs[3] else None
 
     def reference(self, x, weight, bias, residual):
@@ -376,8 +380,8 @@ if _library.missing is None:
         return y, torch.empty_like(y) if keep else grad.new_empty((0,))
 
     @torch.library.register_fake("fastnets::conv_grad_weight")
-    def _(grad, x, weight, stride, padding, dilation, groups, channels_last, tf32):
-        return torch.empty_like(weight)
+    def _(grad, x, weight, stride, padding, dilation, groups, channels_last, tf32, bias):
+        return torch.empty_like(weight), grad.new_empty((weight.shape[0] if bias else 0,))
 
     @torch.library.register_fake("fastnets::conv_grad_epilogue")
     def _(grad, saved, activation):

@@ -40,8 +40,9 @@ class _Linear(_autograd.Call):
             found = self.operators.conv_grad_input(pixels, of, None, None, pixels.shape[2:], *self.options, 0, False)
             grad_x = _rows(found[0], x.shape)
         if needs[1]:
-            grad_weight = self.operators.conv_grad_weight(pixels, _pixels(x), of, *self.options).squeeze(-1)
-        if needs[2]:
+            found = self.operators.conv_grad_weight(pixels, _pixels(x), of, *self.options, needs[2])
+            grad_weight, grad_bias = found[0].squeeze(-1), found[1] if needs[2] else None
+        elif needs[2]:
             grad_bias = grad.sum(tuple(range(grad.dim() - 1))) if grad.dim() > 1 else grad
         return grad_x, grad_weight, grad_bias, grad if needs[3] else None
 

@@ -407,20 +407,30 @@ struct Finish {
     const bool joined = step == 1 && axes[1].step == 1 && block.axes[2].count == phase.result_sizes[2];
     const int64_t lines = joined ? 1 : block.axes[1].count, count = block.axes[2].count * block.axes[1].count / lines;
     const S* bias = p.bias ? static_cast<const S*>(p.bias) + channel + first : nullptr;
-    T turned[kTileCols<T> * kLanes<T>] = {};  // [channel][pixel]
+    const bool past_caches = step == 1 && plain() && streams(phase.result.channel);
     for (int64_t line = 0; line < block.axes[0].count * lines; ++line) {
       const int64_t start = offset(line / lines, line % lines) + first * phase.result.channel;
+      const bool streams = past_caches && start % kLanes<T> == 0;
       for (int64_t i = 0; i < count; i += kLanes<T>) {
         const int n = static_cast<int>(at_most(kLanes<T>, count - i));
-        int q = 0;
-        for (; q + 4 <= n; q += 4) pack_quad<T>(sums + q * row, row, columns, turned + q, kLanes<T>);
-        for (; q < n; ++q) {
-          for (int64_t c = 0; c < columns; ++c) turned[c * kLanes<T> + q] = sums[q * row + c];
-        }
-        for (int64_t c = 0; c < columns; ++c) {
-          Vec<T> value = load(turned + c * kLanes<T>);
-          if (bias) value += broadcast<T>(to_float(bias[c]));
-          write(value, start + i * step + c * phase.result.channel, n, step);
+        for (int64_t c = 0; c < columns; c += kLanes<T>) {
+          Vec<T> turned[kLanes<T>];  // pixels, then channels
+#pragma GCC unroll 16
+          for (int q = 0; q < kLanes<T>; ++q) turned[q] = q < n ? load(sums + q * row + c) : Vec<T>{};
+          turn<T>(turned);
+          const int given = static_cast<int>(at_most(kLanes<T>, columns - c));
+#pragma GCC unroll 16
+          for (int k = 0; k < kLanes<T>; ++k) {
+            if (k >= given) break;
+            Vec<T> value = turned[k];
+            if (bias) value += broadcast<T>(to_float(bias[c + k]));
+            const int64_t at = start + i * step + (c + k) * phase.result.channel;
+            if (streams && n == kLanes<T>) {
+              put(static_cast<S*>(p.result) + at, value, true);
+            } else {
+              write(value, at, n, step);
+            }
+          }
         }
         sums += n * row;
       }

@@ -113,7 +113,7 @@ struct WinogradWeight {
   template <int kSide, class Transform>
   void transform_strip(const S* from, const Strides& strides, const Axis* along, const Strip& strip, int64_t channels,
                        const Transform& apply, T* to, int64_t row, int64_t plane, T* bias = nullptr) const {
-    const Block block = Strips::whole(along, strip, channels);
+    const Block block = strips.whole(along, strip, channels);
     T* staged = static_cast<T*>(scratch(kStageSlot, block.elements() * sizeof(T)));
     stage(from, strides, along, block, channels, staged);
     if (bias) add_pixels(staged, block.channels, block.pixels(), channels, bias);  // zeros past the border

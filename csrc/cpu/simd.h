@@ -288,6 +288,22 @@ template <class T>
 FASTNETS_INLINE Vec<T> every_second(Vec<T> a, Vec<T> b) {
   return every_second<T>(a, b, std::make_integer_sequence<int, kLanes<T>>{});
 }
+// Of two rows of a square of blocks kStep wide, the blocks that lie across from each other change places.
+template <class T, int kStep, int... kIndex>
+FASTNETS_INLINE void exchange(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, kIndex...>) {
+  const Vec<T> low = __builtin_shufflevector(a, b, (kIndex & kStep ? kLanes<T> + kIndex - kStep : kIndex)...);
+  b = __builtin_shufflevector(a, b, (kIndex & kStep ? kLanes<T> + kIndex : kIndex + kStep)...);
+  a = low;
+}
+// Transposes: lane k of row i becomes lane i of row k.
+template <class T, int kStep = 1>
+FASTNETS_INLINE void turn(Vec<T> (&rows)[kLanes<T>]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes<T>; ++i) {
+    if (!(i & kStep)) exchange<T, kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int, kLanes<T>>{});
+  }
+  if constexpr (2 * kStep < kLanes<T>) turn<T, 2 * kStep>(rows);
+}
 // The vector that begins at lane n of a, where b lies behind a. (Without AVX-512, from memory.)
 template <class T, int n>
 FASTNETS_INLINE Vec<T> shifted([[maybe_unused]] Vec<T> a, [[maybe_unused]] Vec<T> b, [[maybe_unused]] const T* memory) {

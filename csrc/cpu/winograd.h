@@ -1,15 +1,17 @@
-// Winograd's F(4x4, 3x3): 36 products a channel pair for 16 results of a 3x3 convolution of stride 1, in place of 144.
+// Winograd's F(4x4, 3x3): 36 products a channel pair for 16 results of a 3x3 convolution of stride 1, in place of 144;
+// and F(3x3, 4x4), of the same points: 36 for 9 results of 16 taps.
 //
 // The points are 0, +-3/4, +-3/2 and infinity (Lavin and Gray, https://arxiv.org/abs/1509.09308, have 0, +-1, +-2): the
 // transforms cost the same and lose two to four times less accuracy (Barabasz et al.,
-// https://arxiv.org/abs/1803.10986). Results come in 4x4 tiles; a strip is a row of tiles of one image.
+// https://arxiv.org/abs/1803.10986). Results come in tiles; a strip is a row of tiles of one image.
 #pragma once
 
 #include "conv.h"
 
 namespace fastnets::FASTNETS_ISA {
 
-constexpr int kOut = 4, kTaps = 3, kIn = kOut + kTaps - 1, kPoints = kIn * kIn;
+constexpr int kIn = 6, kPoints = kIn * kIn;  // a tile takes kIn x kIn elements
+constexpr int kTaps = 3, kOut = kIn - kTaps + 1;
 constexpr int64_t kPad = 16;  // elements between planes, so that they do not meet in the same sets of the cache
 
 constexpr double kP = 0.75, kQ = 1.5, kP2 = kP * kP, kQ2 = kQ * kQ;
@@ -56,11 +58,11 @@ struct Strip {
   int64_t image, plane, row, column, tiles;
 };
 
-// Results along the axes, of a source of `channels`, cut into strips of at most `longest` tiles.
+// Results along the axes, of a source of `channels`, cut into strips of at most `longest` tiles of out x out.
 struct Strips {
   const Axis* axes;
-  int64_t batch, channels, longest;
-  int64_t rows = (axes[1].count + kOut - 1) / kOut, columns = (axes[2].count + kOut - 1) / kOut;
+  int64_t batch, channels, longest, out = kOut;
+  int64_t rows = (axes[1].count + out - 1) / out, columns = (axes[2].count + out - 1) / out;
   int64_t pieces = (columns + longest - 1) / longest, most = (columns + pieces - 1) / pieces;
 
   int64_t count() const { return batch * axes[0].count * rows * pieces; }
@@ -72,18 +74,18 @@ struct Strips {
   }
   // The strip's results.
   Block results(const Strip& strip) const {
-    return block(axes, strip, at_most(kOut, axes[1].count - strip.row * kOut),
-                 at_most(strip.tiles * kOut, axes[2].count - strip.column * kOut), channels);
+    return block(axes, strip, at_most(out, axes[1].count - strip.row * out),
+                 at_most(strip.tiles * out, axes[2].count - strip.column * out), channels);
   }
   // All that its tiles take along the axes, zero past the border; whole vectors of channels.
-  static Block whole(const Axis* along, const Strip& strip, int64_t channels) {
-    return block(along, strip, kOut, strip.tiles * kOut, round_up(channels, kLanes<float>));
+  Block whole(const Axis* along, const Strip& strip, int64_t channels) const {
+    return block(along, strip, out, strip.tiles * out, round_up(channels, kLanes<float>));
   }
 
  private:
-  static Block block(const Axis* along, const Strip& strip, int64_t height, int64_t width, int64_t channels) {
-    return {{staged_axis(along[0], strip.plane, 1), staged_axis(along[1], strip.row * kOut, height),
-             staged_axis(along[2], strip.column * kOut, width)},
+  Block block(const Axis* along, const Strip& strip, int64_t height, int64_t width, int64_t channels) const {
+    return {{staged_axis(along[0], strip.plane, 1), staged_axis(along[1], strip.row * out, height),
+             staged_axis(along[2], strip.column * out, width)},
             channels};
   }
 };

@@ -467,14 +467,15 @@ def test_sizes_past_two_to_the_31_on_meta():
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan, 3e38])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_an_infinite_source_spoils_what_sees_it_alone(bad, memory_format):
+@pytest.mark.parametrize(("channels", "size", "kernel", "stride"), [(32, 20, 3, 1), (6, 75, 7, 2)])
+def test_an_infinite_source_spoils_what_sees_it_alone(bad, memory_format, channels, size, kernel, stride):
     """Winograd's transforms would spread it over a tile, and overflow near the largest number."""
-    x = torch.randn(2, 32, 20, 20)
+    x = torch.randn(2, channels, size, size)
     x[1, 5, 7, 9] = bad
-    weight = (torch.randn(40, 32, 3, 3) / 17).to(memory_format=memory_format)
+    weight = (torch.randn(40, channels, kernel, kernel) / 17).to(memory_format=memory_format)
     x = x.to(memory_format=memory_format)
     weight.requires_grad_()
-    ours, stock = functional.conv2d(x, weight), torch.nn.functional.conv2d(x, weight)
+    ours, stock = (call(x, weight, stride=stride) for call in (functional.conv2d, torch.nn.functional.conv2d))
     torch.testing.assert_close(ours, stock, equal_nan=True, rtol=1e-5, atol=1e-5)
     # Of the weight's gradient it spoils one channel's taps.
     for found, expected in zip(gradients(ours, [weight]), gradients(stock, [weight]), strict=True):
@@ -484,6 +485,8 @@ def test_an_infinite_source_spoils_what_sees_it_alone(bad, memory_format):
 
 LARGE = {  # results of 4 MiB and more where all is more than 16, which go past the caches: x, weight, options
     "first layer": ((9, 3, 96, 160), (32, 3, 3, 3), {"padding": 1}),
+    "3x3": ((6, 32, 96, 160), (32, 32, 3, 3), {"padding": 1}),
+    "7x7": ((6, 3, 200, 224), (64, 3, 7, 7), {"stride": 2, "padding": 3}),
     "stride 2": ((6, 16, 160, 192), (48, 16, 3, 3), {"stride": 2, "padding": 1}),
     "1x1": ((3, 24, 144, 160), (40, 24, 1, 1), {}),
     "1x1, odd plane": ((3, 24, 145, 161), (40, 24, 1, 1), {}),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations, prune
 from torch.testing import assert_close
 
 import fastnets
@@ -132,3 +133,28 @@ def test_no_case_is_made_where_torch_multiplies(monkeypatch):
     assert_close(linear(x[:2], weight), F.linear(x[:2], weight))
     with pytest.raises(TypeError, match="not callable"):
         linear(x, weight)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        parametrizations.weight_norm,
+        lambda layer: prune.l1_unstructured(layer, "weight", amount=0.5),
+        lambda layer: prune.random_unstructured(layer, "bias", amount=3),
+    ],
+    ids=["parametrized", "pruned", "pruned bias"],
+)
+def test_weights_that_are_no_parameters(change):
+    layer, x = fastnets.nn.Linear(5, 7), torch.randn(3, 5)
+    change(layer)
+    assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.mul_(2)
+    assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
+def test_a_layer_called_with_other_parameters():
+    layer, x = fastnets.nn.Linear(5, 7), torch.randn(3, 5)
+    others = {"weight": torch.randn(7, 5), "bias": torch.randn(7)}
+    assert_close(torch.func.functional_call(layer, others, x), F.linear(x, **others))

@@ -95,33 +95,38 @@ constexpr int64_t row_of(int64_t depth) {
 // up; of more, kSumDepth before they join the others: the transforms multiply the rounding of these sums, and need it
 // that small.
 template <class T, int kRows, int kVectors>
-FASTNETS_INLINE void multiply_of(const T* rows, int64_t row, int64_t depth, const T* panel, T* sums) {
+FASTNETS_INLINE void multiply_of(const T* rows, int64_t row, int64_t depth, const T* panel, Ahead& ahead, T* sums) {
   constexpr int lanes = kLanes<T>;
-  constexpr bool kOnce = kRows > kProductRows;
-  const int64_t together = kOnce ? depth : kSumDepth;
   Vec<T> total[kRows][kVectors] = {};
-  for (int64_t begin = 0; begin < depth; begin += together) {
-    Vec<T> sum[kRows][kVectors] = {};
-    for (int64_t p = begin, end = at_most(begin + together, depth); p < end; ++p, panel += kVectors * lanes) {
-      Vec<T> right[kVectors];
+  const auto step = [&](int64_t p, Vec<T>(&sum)[kRows][kVectors], bool first) {
+    Vec<T> right[kVectors];
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        right[v] = load(panel + v * lanes);
-        in_register<T>(right[v]);
-      }
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) {
-        const Vec<T> left = broadcast<T>(rows[r * row + p]);
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) sum[r][v] = fma<T>(left, right[v], sum[r][v]);
-      }
+    for (int v = 0; v < kVectors; ++v) {
+      right[v] = load(panel + (p * kVectors + v) * lanes);
+      in_register<T>(right[v]);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
+      const Vec<T> left = broadcast<T>(rows[r * row + p]);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) total[r][v] = kOnce ? sum[r][v] : total[r][v] + sum[r][v];
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = first ? left * right[v] : fma<T>(left, right[v], sum[r][v]);
+    }
+  };
+  int64_t p = 0;
+  if constexpr (kRows <= kProductRows) {
+    for (; p + kSumDepth <= depth; p += kSumDepth) {
+      ahead.fetch();
+      Vec<T> sum[kRows][kVectors];
+#pragma GCC unroll 8
+      for (int i = 0; i < kSumDepth; ++i) step(p + i, sum, i == 0);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) total[r][v] += sum[r][v];
+      }
     }
   }
+  for (; p < depth; ++p) step(p, total, false);
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
@@ -132,17 +137,19 @@ FASTNETS_INLINE void multiply_of(const T* rows, int64_t row, int64_t depth, cons
 // The products of all tiles at one point; vectors is 1 or kTileVectors. Past the last tile, where a piece ends, stands
 // what does not matter.
 template <class T>
-void multiply(int vectors, int64_t tiles, const T* source, int64_t depth, const T* panel, T* sums) {
+void multiply(int vectors, int64_t tiles, const T* source, int64_t depth, const T* panel, const T* next, T* sums) {
   const int most = depth <= kMostSum ? kTileRows : kProductRows;  // rows at once
   const int64_t pieces = (tiles + most - 1) / most, row = row_of<T>(depth);
+  const int64_t steps = pieces * (depth / kSumDepth);
   with_count<kTileRows>(static_cast<int>((tiles + pieces - 1) / pieces), [&](auto n) {
     constexpr int kRows = n.value;
+    Ahead ahead{reinterpret_cast<const char*>(next), steps > 0 ? depth * vectors * kVectorBytes / steps : 0};
     const int64_t apart = kRows > kProductRows ? row_of<T>(kMostSum) : row;
     for (int64_t tile = 0; tile < tiles; tile += kRows, source += kRows * apart, sums += kRows * vectors * kLanes<T>) {
       if (vectors == kTileVectors) {
-        multiply_of<T, kRows, kTileVectors>(source, apart, depth, panel, sums);
+        multiply_of<T, kRows, kTileVectors>(source, apart, depth, panel, ahead, sums);
       } else {
-        multiply_of<T, kRows, 1>(source, apart, depth, panel, sums);
+        multiply_of<T, kRows, 1>(source, apart, depth, panel, ahead, sums);
       }
     }
   });
@@ -205,7 +212,8 @@ struct Winograd {
       for (int64_t point = 0; point < kPoints; ++point) {
         const T* panel =
             weight + first / kTileCols<T> * kPoints * weight_plane<T>(depth) + point * weight_plane<T>(depth, vectors);
-        multiply<T>(vectors, tiles, source + point * source_plane, depth, panel, products + point * product_plane);
+        multiply<T>(vectors, tiles, source + point * source_plane, depth, panel,
+                    panel + weight_plane<T>(depth, vectors), products + point * product_plane);
       }
       tiles = 0;
       for (int64_t i = begin; i < end; ++i) {

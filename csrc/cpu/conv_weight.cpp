@@ -78,6 +78,15 @@ Ahead next_block(const Problem& problem, const Block& block, const S* source, in
           follows ? rows * row * static_cast<int64_t>(sizeof(S)) / tiles : 0};
 }
 
+// Whether x can be read where it lies: one tap, no padding, channels last. A tile reads two channels at a time.
+template <class T, class S>
+bool reads_in_place(const Problem& problem) {
+  const ConvShape& s = problem.p.shape;
+  bool plain = std::is_same_v<S, T> && s.channels_last && s.in_channels % 2 == 0;
+  for (const Axis& axis : problem.axes) plain = plain && axis.taps == 1 && axis.offset == 0;
+  return plain;
+}
+
 // Adds one block's products to sums [panels of the share][depth][columns], and its gradient to the bias's, if any.
 template <class T, class S>
 void accumulate(const Problem& problem, int64_t image, const Block& block, int64_t group, int64_t panel_begin,
@@ -85,13 +94,24 @@ void accumulate(const Problem& problem, int64_t image, const Block& block, int64
   const ConvShape& s = problem.p.shape;
   const int64_t height = block.axes[1].count, width = block.axes[2].count;
   const int64_t in_pixels = s.in[0] * s.in[1] * s.in[2], out_pixels = s.out[0] * s.out[1] * s.out[2];
-  T* staged = static_cast<T*>(scratch(kStageSlot, (block.elements() + kTileRows) * sizeof(T)));
   const S* from = static_cast<const S*>(problem.p.x) + image * s.groups * s.in_channels * in_pixels +
                   group * s.in_channels * problem.x.channel;
-  stage(from, problem.x, problem.axes, block, block.channels, staged);
+  const T* operand = nullptr;
+  int64_t a_h = block.axes[1].pull * block.stride(1), a_w = block.axes[2].pull * block.stride(2);
+  if constexpr (std::is_same_v<S, T>) {
+    if (reads_in_place<T, S>(problem)) {
+      operand = from;
+      for (int d = 0; d < 3; ++d) operand += block.axes[d].low * problem.x.at[d];
+      a_h = problem.axes[1].pull * problem.x.at[1], a_w = problem.axes[2].pull * problem.x.at[2];
+    }
+  }
+  if (!operand) {
+    T* staged = static_cast<T*>(scratch(kStageSlot, (block.elements() + kTileRows) * sizeof(T)));
+    stage(from, problem.x, problem.axes, block, block.channels, staged);
+    operand = staged;
+  }
   Run* runs = static_cast<Run*>(scratch(kRunSlot, (problem.taps + 1) * sizeof(Run)));
   const int64_t count = runs_of(block, problem.axes, runs);
-  const int64_t a_h = block.axes[1].pull * block.stride(1), a_w = block.axes[2].pull * block.stride(2);
   T* staged_grad = static_cast<T*>(scratch(kGradSlot, block.pixels() * kTileCols<T> * sizeof(T)));
   const S* grad = static_cast<const S*>(problem.p.grad) + image * s.groups * s.out_channels * out_pixels +
                   group * s.out_channels * problem.grad.channel;
@@ -123,7 +143,7 @@ void accumulate(const Problem& problem, int64_t image, const Block& block, int64
     for (const Run* run = runs; run < runs + count; ++run) {
       for (int64_t e = 0; e < run->length; e += kTileRows) {
         const int rows = static_cast<int>(at_most(kTileRows, run->length - e));
-        const T* a = staged + run->offset + e;
+        const T* a = operand + run->offset + e;
         ahead.fetch();
         if (vectors == kTileVectors) {
           tile<T, kTileVectors>(rows, height, width, a, a_h, a_w, read, line, to);

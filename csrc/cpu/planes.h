@@ -77,7 +77,8 @@ struct Plane {
     }
   }
 
-  // The same of `channels` that lie beside each other, from one plane to the next: four pixels are turned at once.
+  // The same of `channels` that lie beside each other, from one plane to the next: squares of pixels and channels are
+  // turned.
   template <class S>
   void stage_turned(const S* source, const Strides& strides, int64_t channels, T* to) const {
     int64_t begin, end;
@@ -89,6 +90,12 @@ struct Plane {
         if (!inside(axes[0], z) || !inside(axes[1], y)) continue;
         const S* from = source + z * strides.at[0] + y * strides.at[1] + (axes[2].offset + begin) * strides.at[2];
         int64_t x = begin;
+        for (; x + kLanes<T> <= end; x += kLanes<T>, from += kLanes<T> * strides.at[2]) {
+          for (int64_t c = 0; c < channels; c += kLanes<T>) {
+            const int given = static_cast<int>(at_most(kLanes<T>, channels - c));
+            turn_square(from + c, strides.at[2], given, to + x + c * size());
+          }
+        }
         for (; x + 4 <= end; x += 4, from += 4 * strides.at[2]) {
           pack_quad<T>(from, strides.at[2], channels, to + x, size());
         }
@@ -100,6 +107,21 @@ struct Plane {
   }
 
  private:
+  // A vector of pixels, `step` apart, of `given` channels.
+  template <class S>
+  FASTNETS_INLINE void turn_square(const S* from, int64_t step, int given, T* to) const {
+    Vec<T> square[kLanes<T>];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<T>; ++i) {
+      square[i] = given == kLanes<T> ? load(from + i * step) : load_partial(from + i * step, given);
+    }
+    turn<T>(square);
+#pragma GCC unroll 16
+    for (int k = 0; k < kLanes<T>; ++k) {
+      if (k < given) store(to + k * size(), square[k]);
+    }
+  }
+
   // n elements, `step` apart.
   template <class S>
   static void copy(const S* from, int64_t step, int64_t n, T* to) {

@@ -401,8 +401,9 @@ void gather_tiles(const Phase& phase) {
     pack_weight<T>(phase, static_cast<const S*>(phase.p.weight) + group * phase.group_stride, taps);
     transform_weight<T, kCount>(phase, winograd.parts, taps, weight);
     parallel(blocks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        winograd.run(group, i * block, at_most((i + 1) * block, count), weight, taps);
+      for (int64_t i = begin; i < end; ++i) {
+        winograd.run(group, count * i / blocks, count * (i + 1) / blocks, weight, taps);
+      }
       streamed();
     });
   }

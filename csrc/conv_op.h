@@ -156,8 +156,9 @@ ConvResult conv_grad_weight(const Tensor& grad, const Tensor& x, const Tensor& w
     check_format(t, channels_last, name);
   }
   Tensor grad_weight = torch::stable::empty_like(weight);
-  Tensor grad_bias = torch::stable::new_empty(grad, {bias && Device::kSumsBias ? grad.size(1) : 0});
-  if (bias && !Device::kSumsBias) {
+  const bool in_kernel = bias && Device::kSumsBias;
+  Tensor grad_bias = torch::stable::new_empty(grad, {in_kernel ? grad.size(1) : 0});
+  if (bias && !in_kernel) {
     Ints over;
     for (int64_t d = 0; d < grad.dim(); ++d) {
       if (d != 1) over.push_back(d);
@@ -166,7 +167,7 @@ ConvResult conv_grad_weight(const Tensor& grad, const Tensor& x, const Tensor& w
   }
   if (grad.numel() == 0) return {torch::stable::fill_(grad_weight, 0.0), torch::stable::fill_(grad_bias, 0.0)};
   ConvGradWeight p{as_it_lies(shape), grad.data_ptr(), x.data_ptr(), grad_weight.data_ptr(),
-                   bias && Device::kSumsBias ? grad_bias.data_ptr() : nullptr};
+                   in_kernel ? grad_bias.data_ptr() : nullptr};
   fill_weight_strides(p.shape, grad_weight);
   Device::grad_weight(p, grad_weight);
   return {grad_weight, grad_bias};

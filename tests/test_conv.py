@@ -465,6 +465,23 @@ def test_sizes_past_two_to_the_31_on_meta():
         functional.conv2d(x, weight, dilation=1 << 31)
 
 
+@pytest.mark.parametrize("name", ["conv_transpose2d", "linear"])
+@pytest.mark.parametrize("wanted", itertools.product([False, True], repeat=3))
+def test_only_the_gradients_asked_for_elsewhere(name, wanted):
+    """The bias's comes with the weight's where both are asked for."""
+    inputs = [torch.randn(2, 4, 6, 5), torch.randn(4, 4, 3, 3), torch.randn(4)]
+    if name == "linear":
+        inputs[1] = torch.randn(4, 5)
+    with fastnets.backend("cpu"):
+        leaves = [t.clone().requires_grad_(needs) for t, needs in zip(inputs, wanted, strict=True)]
+        y = getattr(functional, name)(*leaves)
+    found = gradients(y, [t for t in leaves if t.requires_grad]) if any(wanted) else []
+    truths = [t.double().requires_grad_() for t in inputs]
+    expected = gradients(getattr(torch.nn.functional, name)(*truths), truths)
+    for ours, true in zip(found, itertools.compress(expected, wanted), strict=True):
+        torch.testing.assert_close(ours.double(), true, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan, 3e38])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(("channels", "size", "kernel", "stride"), [(32, 20, 3, 1), (6, 75, 7, 2)])

@@ -11,7 +11,7 @@ constexpr int64_t kBlockTiles = 8 * kProductRows;
 constexpr int64_t kSumDepth = 8, kMostSum = 12;
 
 constexpr int64_t kLeastChannels = 16;  // for the transforms to pay
-constexpr int64_t kMostParts = 64;  // channels of all parts together: few, or the parts are as well staged one by one
+constexpr int64_t kMostParts = 64;      // channels of all parts together; more were not tried
 
 // [3] or [4] -> [6]: the polynomial g at the points, over the product of each point's distances from the others.
 template <class T, int kCount>
@@ -112,21 +112,28 @@ FASTNETS_INLINE void multiply_of(const T* rows, int64_t row, int64_t depth, cons
       for (int v = 0; v < kVectors; ++v) sum[r][v] = first ? left * right[v] : fma<T>(left, right[v], sum[r][v]);
     }
   };
+  const auto join = [&](const Vec<T>(&sum)[kRows][kVectors]) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) total[r][v] += sum[r][v];
+    }
+  };
   int64_t p = 0;
   if constexpr (kRows <= kProductRows) {
+    Vec<T> sum[kRows][kVectors];
     for (; p + kSumDepth <= depth; p += kSumDepth) {
       ahead.fetch();
-      Vec<T> sum[kRows][kVectors];
 #pragma GCC unroll 8
       for (int i = 0; i < kSumDepth; ++i) step(p + i, sum, i == 0);
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) total[r][v] += sum[r][v];
-      }
+      join(sum);
     }
+    if (p < depth) step(p++, sum, true);
+    for (; p < depth; ++p) step(p, sum, false);
+    if (depth % kSumDepth != 0) join(sum);
+  } else {
+    for (; p < depth; ++p) step(p, total, false);
   }
-  for (; p < depth; ++p) step(p, total, false);
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4

@@ -77,7 +77,7 @@ struct ConvGradWeight {
   const void* grad;  // of y
   const void* x;
   void* grad_weight;  // through shape.weight_strides
-  void* grad_bias;    // [channels of y], or null
+  void* grad_bias;    // [channels of y], or null; GPU kernels leave it to torch
 };
 
 struct ConvGradEpilogue {

@@ -49,14 +49,12 @@ class _Conv(_autograd.Call):
         if needs[0]:
             operator = self.operators.conv_forward if self.transposed else self.operators.conv_grad_input
             grad_x = operator(grad, weight, None, None, x.shape[2:], *self.options, 0, False)[0]
+        together = needs[1] and needs[2] and not self.transposed
         if needs[1]:
             ends = (x, grad) if self.transposed else (grad, x)
-            with_bias = needs[2] and not self.transposed
-            grad_weight, grad_bias = self.operators.conv_grad_weight(*ends, weight, *self.options, with_bias)
-        if not needs[2]:
-            grad_bias = None
-        elif self.transposed or not needs[1]:
-            grad_bias = grad.sum((0, *range(2, grad.dim())))
+            grad_weight, summed = self.operators.conv_grad_weight(*ends, weight, *self.options, together)
+        if needs[2]:
+            grad_bias = summed if together else grad.sum((0, *range(2, grad.dim())))
         return grad_x, grad_weight, grad_bias, grad if needs[3] else None
 
     def reference(self, x, weight, bias, residual):

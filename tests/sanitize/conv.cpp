@@ -177,7 +177,7 @@ void gather(const Shape& of, Dtype dtype, bool tf32, bool forwards, Activation a
 void grad_weight(const Shape& of, Dtype dtype, bool tf32) {
   const Tensors t(of, dtype, tf32);
   const Tensor result(dtype, t.weight_count);
-  const fastnets::ConvGradWeight p{t.s, t.y.data(), t.x.data(), result.data()};
+  const fastnets::ConvGradWeight p{t.s, t.y.data(), t.x.data(), result.data(), nullptr};
   const Tensor workspace = memory(fastnets::cuda::conv_grad_weight_workspace(p));
   fastnets::cuda::conv_grad_weight(p, workspace.data(), nullptr);
   std::vector<double> truth(t.weight_count);

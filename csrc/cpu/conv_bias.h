@@ -8,13 +8,28 @@ namespace fastnets::FASTNETS_ISA {
 
 constexpr int64_t kBiasPixels = 64;  // of one sum, lest its rounding grow
 
-// sums[channel] += over pixels `step` apart, whose channels lie beside each other.
+// A line of sums of many terms, and what rounding took from each (Knuth's two-sum): PyTorch's sums are as exact. Or
+// none.
+template <class T>
+struct BiasLine {
+  T *sums, *rests;
+
+  explicit operator bool() const { return sums != nullptr; }
+  BiasLine from(int64_t channel) const { return sums ? BiasLine{sums + channel, rests + channel} : *this; }
+  FASTNETS_INLINE void add(int64_t channel, Vec<T> value, int n) const {
+    const Vec<T> old = load_partial(sums + channel, n), sum = old + value, taken = sum - old;
+    store_partial(sums + channel, sum, n);
+    store_partial(rests + channel, load_partial(rests + channel, n) + ((old - (sum - taken)) + (value - taken)), n);
+  }
+};
+
+// line[channel] += over pixels `step` apart, whose channels lie beside each other.
 template <class T, class S>
-void add_pixels(const S* from, int64_t step, int64_t pixels, int64_t channels, T* sums) {
+void add_pixels(const S* from, int64_t step, int64_t pixels, int64_t channels, BiasLine<T> line) {
   constexpr int kVectors = 4;
   constexpr int64_t lanes = kLanes<T>;
   for (; pixels > kBiasPixels; pixels -= kBiasPixels, from += kBiasPixels * step) {
-    add_pixels(from, step, kBiasPixels, channels, sums);
+    add_pixels(from, step, kBiasPixels, channels, line);
   }
   int64_t c = 0;
   for (; c + kVectors * lanes <= channels; c += kVectors * lanes) {
@@ -24,7 +39,7 @@ void add_pixels(const S* from, int64_t step, int64_t pixels, int64_t channels, T
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) sum[v] += load(at + v * lanes);
     }
-    for (int v = 0; v < kVectors; ++v) store(sums + c + v * lanes, load(sums + c + v * lanes) + sum[v]);
+    for (int v = 0; v < kVectors; ++v) line.add(c + v * lanes, sum[v], lanes);
   }
   for (; c < channels; c += lanes) {
     const int n = static_cast<int>(at_most(lanes, channels - c));
@@ -36,22 +51,21 @@ void add_pixels(const S* from, int64_t step, int64_t pixels, int64_t channels, T
       odd += load_partial(at + step, n);
     }
     if (i < pixels) even += load_partial(at, n);
-    store_partial(sums + c, load_partial(sums + c, n) + (even + odd), n);
+    line.add(c, even + odd, n);
   }
 }
 
-// The sum of one channel over rows of a plane.
+// line[channel] += over rows of its plane.
 template <class T, class S>
-T sum_rows(const S* from, const Strides& strides, int64_t rows, int64_t width) {
+void add_rows(const S* from, const Strides& strides, int64_t rows, int64_t width, BiasLine<T> line, int64_t channel) {
   constexpr int kVectors = 4;
   constexpr int64_t lanes = kLanes<T>;
   if (strides.at[2] == 1 && strides.at[1] == width) width *= rows, rows = 1;
   if (constexpr int64_t most = kBiasPixels * kVectors * lanes; rows == 1 && width > most) {
-    T total = 0;
     for (int64_t w = 0; w < width; w += most) {
-      total += sum_rows<T>(from + w * strides.at[2], strides, 1, at_most(most, width - w));
+      add_rows<T>(from + w * strides.at[2], strides, 1, at_most(most, width - w), line, channel);
     }
-    return total;
+    return;
   }
   Vec<T> sum[kVectors] = {};
   for (int64_t h = 0; h < rows; ++h, from += strides.at[1]) {
@@ -64,31 +78,31 @@ T sum_rows(const S* from, const Strides& strides, int64_t rows, int64_t width) {
       sum[0] += load_apart(from + w * strides.at[2], static_cast<int>(at_most(lanes, width - w)), strides.at[2]);
     }
   }
-  return reduce_add<T>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  line.add(channel, broadcast<T>(reduce_add<T>((sum[0] + sum[1]) + (sum[2] + sum[3]))), 1);
 }
 
-// The sums of pieces of the work, a line of all channels each, that are added in their order; nothing where nobody asks
-// for the gradient.
+// The lines of pieces of the work, which are added in their order; nothing where nobody asks for the gradient.
 template <class T>
 class BiasSums {
  public:
   BiasSums(const ConvGradWeight& p, int64_t pieces)
       : to_(p.grad_bias), channels_(p.shape.groups * p.shape.out_channels), pieces_(pieces) {
     if (!to_) return;
-    const size_t bytes = static_cast<size_t>(pieces * channels_) * sizeof(T);
+    const size_t bytes = static_cast<size_t>(2 * pieces * channels_) * sizeof(T);
     sums_ = static_cast<T*>(scratch(kSumSlot, bytes));
     std::memset(sums_, 0, bytes);
   }
 
-  explicit operator bool() const { return to_ != nullptr; }
-  T* piece(int64_t index) const { return sums_ + index * channels_; }
+  BiasLine<T> piece(int64_t index) const {
+    return BiasLine<T>{sums_, sums_ ? sums_ + channels_ : nullptr}.from(2 * index * channels_);
+  }
 
   template <class S>
   void write() const {
     for (int64_t c = 0; to_ && c < channels_; ++c) {
-      T total = sums_[c];
-      for (int64_t i = 1; i < pieces_; ++i) total += sums_[i * channels_ + c];
-      static_cast<S*>(to_)[c] = from_float<S>(total);
+      T total = 0, rest = 0;
+      for (int64_t i = 0; i < pieces_; ++i) total += piece(i).sums[c], rest += piece(i).rests[c];
+      static_cast<S*>(to_)[c] = from_float<S>(rest == rest ? total + rest : total);  // infinite sums leave no rest
     }
   }
 

@@ -302,7 +302,8 @@ void gather_channels(const Phase& phase) {
   });
 }
 
-// sums[given of kTapsTogether][kWeightVectors] += over a row of results, x at each tap times the gradient.
+// sums[given of kTapsTogether][kWeightVectors] += over a row of results, x at each tap times the gradient. (A row's sum
+// starts from zero: one sum over all rows would lose its last digits.)
 template <class T, bool kWhole, class S>
 void channels_weight_row(const Axis& axis, const Interior& interior, const S* source, int64_t source_step,
                          const S* grad, int64_t grad_step, const TapAt* taps, int given, int64_t columns, T* sums) {
@@ -310,12 +311,7 @@ void channels_weight_row(const Axis& axis, const Interior& interior, const S* so
   const auto read = [&](const S* from, int v) {
     return kWhole ? load(from + v * lanes) : load_partial(from + v * lanes, lanes_of<T>(columns, v));
   };
-  Vec<T> sum[kTapsTogether][kWeightVectors];
-#pragma GCC unroll 16
-  for (int t = 0; t < kTapsTogether; ++t) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kWeightVectors; ++v) sum[t][v] = load(sums + (t * kWeightVectors + v) * lanes);
-  }
+  Vec<T> sum[kTapsTogether][kWeightVectors] = {};
   const S* at[kTapsTogether];
   for (int t = 0; t < kTapsTogether; ++t) at[t] = source + taps[t < given ? t : 0].offset;
   for (int64_t w = 0; w < axis.count; ++w, grad += grad_step) {
@@ -344,7 +340,10 @@ void channels_weight_row(const Axis& axis, const Interior& interior, const S* so
     }
   }
   for (int t = 0; t < given; ++t) {
-    for (int v = 0; v < kWeightVectors; ++v) store(sums + (t * kWeightVectors + v) * lanes, sum[t][v]);
+    for (int v = 0; v < kWeightVectors; ++v) {
+      T* to = sums + (t * kWeightVectors + v) * lanes;
+      store(to, load(to) + sum[t][v]);
+    }
   }
 }
 
@@ -366,6 +365,7 @@ void grad_weight_channels(const ConvGradWeight& p) {
   parallel(shares, kGrain / (work + 1) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t share = begin; share < end; ++share) {
       T* sums = all + share * panels * size;
+      const BiasLine<T> line = bias.piece(share);
       std::memset(sums, 0, static_cast<size_t>(panels * size) * sizeof(T));
       for (int64_t row = rows * share / shares; row < rows * (share + 1) / shares; ++row) {
         const int64_t h = row % axes[1].count, d = row / axes[1].count % axes[0].count;
@@ -404,7 +404,7 @@ void grad_weight_channels(const ConvGradWeight& p) {
           }
         }
         flush();
-        if (bias) add_pixels(grad, g.at[2], axes[2].count, channels, bias.piece(share));
+        if (line) add_pixels(grad, g.at[2], axes[2].count, channels, line);
       }
     }
   });

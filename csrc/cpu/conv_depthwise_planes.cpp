@@ -360,6 +360,7 @@ void grad_weight(const ConvGradWeight& p) {
   const bool square = taps_follow(axes[1]) && axes[1].taps == 3 && axes[2].taps == 3 && columns_follow(axes[2]);
   T* all = static_cast<T*>(scratch(kWeightSlot, channels * size * sizeof(T)));
   const BiasSums<T> bias(p, 1);
+  const BiasLine<T> line = bias.piece(0);
   const int64_t work = s.batch * axes[0].count * axes[1].count * axes[2].count * taps;
   parallel(channels, kGrain / (work + 1) + 1, [&](int64_t begin, int64_t end) {
     int64_t* offsets = static_cast<int64_t*>(scratch(kRunSlot, (room + 1) * sizeof(int64_t)));
@@ -385,7 +386,7 @@ void grad_weight(const ConvGradWeight& p) {
             T* sums = all + channel * size + tap * kLanes<T>;
             square ? of.square(offsets + tap, sums) : of.taps(offsets + tap, sums);
           }
-          if (bias) bias.piece(0)[channel] += sum_rows<T>(grad, g, plane.count, axes[2].count);
+          if (line) add_rows<T>(grad, g, plane.count, axes[2].count, line, channel);
         }
       }
     }

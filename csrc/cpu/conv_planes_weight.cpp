@@ -28,7 +28,7 @@ struct PlanesWeight {
   int64_t blocks() const { return s.batch * s.out[0] * cuts(); }
 
   // sums[out channel][element] += the products of one block of rows, bias[out channel], if any, its gradient.
-  void accumulate(int64_t block, int64_t group, T* sums, T* bias) const {
+  void accumulate(int64_t block, int64_t group, T* sums, BiasLine<T> bias) const {
     const int64_t h = block % cuts() * rows, d = block / cuts() % s.out[0], image = block / cuts() / s.out[0];
     const Plane<T> plane(axes, at_most(rows, s.out[1] - h));
     const int64_t size = s.in_channels * plane.size();
@@ -52,7 +52,7 @@ struct PlanesWeight {
         });
       }
       for (int64_t c = k; bias && c < k + outs; ++c) {
-        bias[c] += sum_rows<T>(from + c * grad.channel, grad, plane.count, s.out[2]);
+        add_rows<T>(from + c * grad.channel, grad, plane.count, s.out[2], bias, c);
       }
     }
   }
@@ -109,9 +109,9 @@ void grad_weight(const ConvGradWeight& p, const Axis (&axes)[3]) {
       const int64_t group = i % s.groups, chunk = i / s.groups;
       T* to = sums + chunk * size + group * s.out_channels * of.depth;
       std::memset(to, 0, static_cast<size_t>(s.out_channels * of.depth) * sizeof(T));
-      T* bias_to = bias ? bias.piece(chunk) + group * s.out_channels : nullptr;
+      const BiasLine<T> line = bias.piece(chunk).from(group * s.out_channels);
       for (int64_t b = blocks * chunk / chunks; b < blocks * (chunk + 1) / chunks; ++b) {
-        of.accumulate(b, group, to, bias_to);
+        of.accumulate(b, group, to, line);
       }
     }
   });

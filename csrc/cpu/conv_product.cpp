@@ -75,7 +75,7 @@ void add_bias(const ConvGradWeight& p, int64_t pixels) {
   parallel(channels, kGrain / (images * pixels) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = 0; i < images; ++i) {
       for (int64_t c = begin; c < end; ++c) {
-        bias.piece(0)[c] += sum_rows<T>(static_cast<const T*>(p.grad) + (i * channels + c) * pixels, plane, 1, pixels);
+        add_rows<T>(static_cast<const T*>(p.grad) + (i * channels + c) * pixels, plane, 1, pixels, bias.piece(0), c);
       }
     }
   });

@@ -90,7 +90,7 @@ bool reads_in_place(const Problem& problem) {
 // Adds one block's products to sums [panels of the share][depth][columns], and its gradient to the bias's, if any.
 template <class T, class S>
 void accumulate(const Problem& problem, int64_t image, const Block& block, int64_t group, int64_t panel_begin,
-                int64_t panel_end, T* sums, T* bias) {
+                int64_t panel_end, T* sums, BiasLine<T> bias) {
   const ConvShape& s = problem.p.shape;
   const int64_t height = block.axes[1].count, width = block.axes[2].count;
   const int64_t in_pixels = s.in[0] * s.in[1] * s.in[2], out_pixels = s.out[0] * s.out[1] * s.out[2];
@@ -137,7 +137,7 @@ void accumulate(const Problem& problem, int64_t image, const Block& block, int64
       stage_panel(grad + first * problem.grad.channel, problem.grad, block, columns, staged_grad);
     }
     for (int64_t h = 0; bias && h < height; ++h) {
-      add_pixels(read + h * line, vectors * kLanes<T>, width, columns, bias + group * s.out_channels + first);
+      add_pixels(read + h * line, vectors * kLanes<T>, width, columns, bias.from(group * s.out_channels + first));
     }
     T* to = sums + (panel - panel_begin) * kTileCols<T> * problem.depth;
     for (const Run* run = runs; run < runs + count; ++run) {
@@ -208,8 +208,7 @@ void grad_weight(Problem& problem) {
       std::memset(to, 0, static_cast<size_t>((past - first) * kTileCols<T> * problem.depth) * sizeof(T));
       for (int64_t b = blocks * chunk / problem.chunks; b < blocks * (chunk + 1) / problem.chunks; ++b) {
         const int64_t image = b / problem.cut.count(), index = b % problem.cut.count();
-        accumulate<T, S>(problem, image, problem.cut.block(index), group, first, past, to,
-                         bias ? bias.piece(chunk) : nullptr);
+        accumulate<T, S>(problem, image, problem.cut.block(index), group, first, past, to, bias.piece(chunk));
       }
     }
   });

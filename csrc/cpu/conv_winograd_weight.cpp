@@ -112,7 +112,7 @@ struct WinogradWeight {
   // [tile][channel] of each point, of the strip's part of a source, whose pixels are added to `bias`, if any.
   template <int kSide, class Transform>
   void transform_strip(const S* from, const Strides& strides, const Axis* along, const Strip& strip, int64_t channels,
-                       const Transform& apply, T* to, int64_t row, int64_t plane, T* bias = nullptr) const {
+                       const Transform& apply, T* to, int64_t row, int64_t plane, BiasLine<T> bias = {}) const {
     const Block block = strips.whole(along, strip, channels);
     T* staged = static_cast<T*>(scratch(kStageSlot, block.elements() * sizeof(T)));
     stage(from, strides, along, block, channels, staged);
@@ -130,7 +130,7 @@ struct WinogradWeight {
   }
 
   // Adds the products of strips [begin, end) to the share's sums, and their gradient to its bias's, if any.
-  void accumulate(const Share& share, int64_t begin, int64_t end, T* sums, T* bias) const {
+  void accumulate(const Share& share, int64_t begin, int64_t end, T* sums, BiasLine<T> bias) const {
     const ConvShape& s = p.shape;
     const int64_t in_pixels = s.in[0] * s.in[1] * s.in[2], out_pixels = s.out[0] * s.out[1] * s.out[2];
     T* left = static_cast<T*>(scratch(kTransformSlot, kPoints * (share.x_plane() + share.grad_plane()) * sizeof(T)));
@@ -227,10 +227,10 @@ struct WinogradWeight {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t chunk = i / shares;
         const Share share = share_of(i % shares);
-        T* bias_to =
-            bias && share.first_row == 0 ? bias.piece(chunk) + share.group * s.out_channels + share.first_col : nullptr;
+        const BiasLine<T> line = share.first_row == 0 ? bias.piece(chunk) : BiasLine<T>{};
         std::memset(sums + i * size, 0, static_cast<size_t>(size) * sizeof(T));
-        accumulate(share, count * chunk / chunks, count * (chunk + 1) / chunks, sums + i * size, bias_to);
+        accumulate(share, count * chunk / chunks, count * (chunk + 1) / chunks, sums + i * size,
+                   line.from(share.group * s.out_channels + share.first_col));
       }
     });
     bias.template write<S>();

@@ -500,6 +500,22 @@ def test_an_infinite_source_spoils_what_sees_it_alone(bad, memory_format, channe
         torch.testing.assert_close(found, expected, equal_nan=True, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("channels", "kernel", "groups"), [(32, 3, 1), (3, 3, 1), (5, 5, 1), (70, 1, 1), (70, 3, 70), (6, 3, 3)]
+)
+def test_an_infinite_gradient_reaches_its_bias_alone(channels, kernel, groups, memory_format):
+    x = torch.randn(2, channels, 20, 21).to(memory_format=memory_format)
+    weight, bias = torch.randn(70 // groups * groups, channels // groups, kernel, kernel), torch.randn(70)
+    bias = bias[: len(weight)].clone().requires_grad_()
+    y = functional.conv2d(x, weight.requires_grad_(), bias, groups=groups)
+    grad = torch.randn_like(y)
+    grad[1, 5, 3, 4] = torch.inf
+    expected = grad.double().sum((0, 2, 3)).float()
+    found = torch.autograd.grad(y, [weight, bias], grad)[1]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 LARGE = {  # results of 4 MiB and more where all is more than 16, which go past the caches: x, weight, options
     "first layer": ((9, 3, 96, 160), (32, 3, 3, 3), {"padding": 1}),
     "3x3": ((6, 32, 96, 160), (32, 32, 3, 3), {"padding": 1}),

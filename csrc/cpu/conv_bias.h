@@ -46,11 +46,9 @@ void add_pixels(const S* from, int64_t step, int64_t pixels, int64_t channels, B
     Vec<T> even{}, odd{};
     const S* at = from + c;
     int64_t i = 0;
-    for (; i + 2 <= pixels; i += 2, at += 2 * step) {
-      even += load_partial(at, n);
-      odd += load_partial(at + step, n);
-    }
-    if (i < pixels) even += load_partial(at, n);
+    const auto read = [n](const S* at) { return n == lanes ? load(at) : load_partial(at, n); };
+    for (; i + 2 <= pixels; i += 2, at += 2 * step) even += read(at), odd += read(at + step);
+    if (i < pixels) even += read(at);
     line.add(c, even + odd, n);
   }
 }

@@ -127,17 +127,6 @@ def full_precision() -> Iterator[None]:
             switch.fp32_precision = precision
 
 
-@contextlib.contextmanager
-def _without_onednn() -> Iterator[None]:
-    """PyTorch's float32 by the algorithms of its float64, which oneDNN does not have."""
-    former = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = False
-    try:
-        yield
-    finally:
-        torch.backends.mkldnn.enabled = former
-
-
 def tolerances(measure: Tensor, truth: Tensor, dtype: torch.dtype) -> tuple[float, float]:
     """The largest admissible (root mean square, maximum) error, from PyTorch's own error `measure` against `truth`."""
     floor = torch.finfo(dtype).eps * _largest(truth)
@@ -165,8 +154,8 @@ def check(case: Case, dtype: torch.dtype, backend: str, *, seed: int = 0) -> Out
                 mine = _run(case, case.function, drawn, dtype, dtype, device, draw, both_ways)
             with dispatch.backend("reference"):
                 theirs = _run(case, peer, drawn, measured_in, measured_in, device, draw)
-                if dtype == torch.float64:
-                    with _without_onednn():
+                if dtype == torch.float64:  # the truth's algorithms, which oneDNN does not have
+                    with torch.backends.mkldnn.flags(enabled=False):
                         _append(as_truth, _run(case, peer, drawn, measured_in, measured_in, device, draw))
                 true = _true(case, drawn, dtype, device, draw, mine)
                 _append(ours, mine)

@@ -466,7 +466,7 @@ def test_sizes_past_two_to_the_31_on_meta():
 
 
 @pytest.mark.parametrize("name", ["conv_transpose2d", "linear"])
-@pytest.mark.parametrize("wanted", itertools.product([False, True], repeat=3))
+@pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=3))[1:])
 def test_only_the_gradients_asked_for_elsewhere(name, wanted):
     """The bias's comes with the weight's where both are asked for."""
     inputs = [torch.randn(2, 4, 6, 5), torch.randn(4, 4, 3, 3), torch.randn(4)]
@@ -475,7 +475,7 @@ def test_only_the_gradients_asked_for_elsewhere(name, wanted):
     with fastnets.backend("cpu"):
         leaves = [t.clone().requires_grad_(needs) for t, needs in zip(inputs, wanted, strict=True)]
         y = getattr(functional, name)(*leaves)
-    found = gradients(y, [t for t in leaves if t.requires_grad]) if any(wanted) else []
+    found = gradients(y, [t for t in leaves if t.requires_grad])
     truths = [t.double().requires_grad_() for t in inputs]
     expected = gradients(getattr(torch.nn.functional, name)(*truths), truths)
     for ours, true in zip(found, itertools.compress(expected, wanted), strict=True):
